@@ -1,0 +1,1 @@
+"""A bandit environment for RL fine-tuning of language models."""
