@@ -1,0 +1,225 @@
+"""What writes a response, and its log-probs. (B, P, T: see batch.py.)"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import safetensors.torch
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from torchbandit import batch, scoring
+from torchbandit.generation import Sampling, generate
+from torchbandit.models import (
+    ModelLike,
+    check_same_tokenizer,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    stop_ids_of,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class CausalLMPolicy(nn.Module):
+    """A causal language model as the bandit's policy, with an optional critic.
+
+    `generate` writes the response keys. `forward` returns everything a loss needs from one forward pass; it is what
+    DistributedDataParallel wraps, so that gradients of every part are averaged.
+
+    Args:
+        model: hub id, folder, `ModelSpec` or live model.
+        tokenizer: None takes the one beside the model.
+        sampling: how responses are drawn; its stop ids default to the tokenizer's and the model's eos.
+        critic: None, "head" (a linear value head on the backbone) or a model of its own (a one-label sequence
+            classifier, usually the reward model's weights).
+        device, dtype: where and in what precision; "auto" is bfloat16 on CUDA, float32 on a CPU.
+        seed: of the policy's own generator, from which every token is drawn.
+    Raises:
+        ValueError: the model's tokenizer is another one, or the model cannot be used as asked.
+    """
+
+    def __init__(
+        self,
+        model: ModelLike,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        sampling: Sampling | None = None,
+        critic: Literal["head"] | ModelLike | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "auto",
+        seed: int = 0,
+        trainable: bool = True,
+        packing: bool | Literal["auto"] = "auto",
+    ) -> None:
+        super().__init__()
+        self.device = torch.empty((), device=device).device
+        self.lm = load_causal_lm(model, self.device, dtype=dtype, trainable=trainable)
+        if tokenizer is None:
+            if not isinstance(model, (str, Path)) and not hasattr(model, "path"):
+                raise ValueError("tokenizer: a live model brings none; pass the tokenizer it was trained with")
+            tokenizer = load_tokenizer(model)  # type: ignore[arg-type]
+        else:
+            check_same_tokenizer(tokenizer, model, "policy")
+        self.tokenizer = tokenizer
+        self.sampling = Sampling() if sampling is None else sampling
+        self.packing = packing
+        self.value_head: nn.Linear | None = None
+        self.critic: nn.Module | None = None
+        if isinstance(critic, str) and critic == "head":
+            # Zero weights: the first values are 0 and do not steer the first advantages.
+            self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1, device=self.device)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+            self.value_head.requires_grad_(trainable)
+        elif critic is not None:
+            check_same_tokenizer(tokenizer, critic, "critic")
+            self.critic = load_reward_model(critic, self.device, dtype=dtype, trainable=trainable)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.stop_ids = self.sampling.stop_ids or stop_ids_of(self.lm, tokenizer)
+        self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+    @property
+    def has_critic(self) -> bool:
+        """True where `generate` and `forward` write values."""
+        return self.value_head is not None or self.critic is not None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        td: TensorDictBase,
+        *,
+        greedy: bool = False,
+        generator: torch.Generator | None = None,
+        group_size: int | None = None,
+    ) -> TensorDict:
+        """Answer every prompt.
+
+        Args:
+            td: reads ("tokens","prompt") [B, P] int64 and ("masks","prompt") [B, P] bool.
+            greedy: take the most likely token (log-probs are then at temperature 1).
+            generator: draws instead of the policy's own one (for an evaluation that leaves training as it was).
+            group_size: contiguous siblings, which share the computation of their prompt; None reads it off group_id
+                with one small copy to the host.
+        Returns:
+            td's keys and ("tokens"|"masks"|"log_probs","response") [B, T], finished [B], temperature [B] and, with
+            a critic, values [B, T]; T = sampling.max_new_tokens. td is left as it was.
+        """
+        sampling = dataclasses.replace(self.sampling, temperature=0.0) if greedy else self.sampling
+        made = generate(
+            self.lm,
+            td[batch.PROMPT],
+            td[batch.PROMPT_MASK],
+            sampling,
+            stop_ids=self.stop_ids,
+            pad_id=self.pad_id,
+            generator=self.generator if generator is None else generator,
+            group_size=_siblings(td) if group_size is None else group_size,
+        )
+        out: TensorDict = td.copy()
+        out.set(batch.RESPONSE, made.tokens)
+        out.set(batch.RESPONSE_MASK, made.mask)
+        out.set(batch.LOG_PROBS, made.log_probs)
+        out.set(batch.FINISHED, made.finished)
+        out.set(batch.TEMPERATURE, torch.full_like(made.log_probs[:, 0], sampling.temperature or 1.0))
+        if self.has_critic:
+            out.set(batch.VALUES, self.values(out))
+        return out
+
+    def values(self, td: TensorDictBase, *, group_size: int = 1) -> Tensor:
+        """The critic's value before each response token: [B, T] float32, 0 outside the mask.
+
+        Raises:
+            ValueError: the policy was built without a critic.
+        """
+        if self.critic is not None:
+            return scoring.token_values(self.critic, *_rows(td), group_size=group_size, plan=self._plan(td, group_size))
+        if self.value_head is None:
+            raise ValueError('values: this policy has no critic; build it with critic="head" or critic=<model>')
+        values = self.forward(td, group_size=group_size)["values"]
+        assert isinstance(values, Tensor)
+        return values
+
+    def forward(
+        self,
+        td: TensorDictBase,
+        *,
+        ptx_ids: Tensor | None = None,
+        ptx_mask: Tensor | None = None,
+        entropy: bool = False,
+        group_size: int = 1,
+    ) -> TensorDict:
+        """Everything a loss needs, from one forward pass, with gradient.
+
+        Args:
+            td: reads the prompt and response keys and `temperature` [B] (absent: 1).
+            ptx_ids, ptx_mask: [M, L] int64 and bool, a pretraining batch (InstructGPT's ptx).
+            entropy: also compute the entropy of each token's distribution.
+            group_size: contiguous siblings of a prompt in td.
+        Returns:
+            batch_size []: log_probs [B, T] float32 (0 outside the mask), entropy [B, T] on request, values [B, T]
+            with a critic, and with ptx_ids ptx_loss (mean token cross-entropy) and ptx_tokens, scalars.
+        """
+        plan = self._plan(td, group_size)
+        temperature = td.get(batch.TEMPERATURE, None)
+        scores = scoring.token_scores(
+            self.lm,
+            *_rows(td),
+            temperature=1.0 if temperature is None else temperature,
+            group_size=group_size,
+            plan=plan,
+            entropy=entropy,
+            value_head=self.value_head,
+        )
+        out = TensorDict({"log_probs": scores.log_probs}, batch_size=[])
+        if scores.entropy is not None:
+            out["entropy"] = scores.entropy
+        if scores.values is not None:
+            out["values"] = scores.values
+        elif self.critic is not None:
+            out["values"] = scoring.token_values(self.critic, *_rows(td), group_size=group_size, plan=plan)
+        if ptx_ids is not None:
+            if ptx_mask is None:
+                raise ValueError("ptx_mask: must be bool [M, L] beside ptx_ids, got None")
+            total, count = scoring.corpus_loss(self.lm, ptx_ids, ptx_mask)
+            out["ptx_loss"], out["ptx_tokens"] = total / count.clamp(min=1), count
+        return out
+
+    def _plan(self, td: TensorDictBase, group_size: int) -> scoring.Plan:
+        return scoring.make_plan(
+            td[batch.PROMPT_MASK], td[batch.RESPONSE_MASK], group_size=group_size, packing=self.packing
+        )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a folder that `AutoModelForCausalLM.from_pretrained` opens, tokenizer included.
+
+        A value head goes into `value_head.safetensors` beside it, a critic of its own into `critic/`.
+        """
+        directory = Path(directory)
+        self.lm.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        if self.value_head is not None:
+            state = {name: weight.contiguous() for name, weight in self.value_head.state_dict().items()}
+            safetensors.torch.save_file(state, directory / "value_head.safetensors")
+        if self.critic is not None:
+            self.critic.save_pretrained(directory / "critic")
+            self.tokenizer.save_pretrained(directory / "critic")
+
+
+def _rows(td: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return td[batch.PROMPT], td[batch.PROMPT_MASK], td[batch.RESPONSE], td[batch.RESPONSE_MASK]
+
+
+def _siblings(td: TensorDictBase) -> int:
+    """Group size of a batch whose groups are contiguous and of one size; otherwise 1."""
+    group_id = td.get(batch.GROUP_ID, None)
+    if group_id is None or len(group_id) == 0:
+        return 1
+    starts = [0] + (group_id[1:] != group_id[:-1]).nonzero().flatten().add(1).tolist()
+    sizes = {stop - start for start, stop in zip(starts, starts[1:] + [len(group_id)], strict=True)}
+    return sizes.pop() if len(sizes) == 1 else 1

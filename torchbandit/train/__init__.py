@@ -1,0 +1,1 @@
+"""The standalone training loop: options, parts, the loop itself, checkpoints and reports."""
