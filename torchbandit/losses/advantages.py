@@ -1,0 +1,163 @@
+"""How much better a token or a response was than expected: GAE, RLOO, GRPO. (B, T, G: see batch.py.)"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from torchbandit.losses.inputs import check_float, check_mask, check_tokens, keep
+
+
+@torch.no_grad()
+def gae(
+    token_reward: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation; the episode ends after the last real token.
+
+    Args:
+        token_reward: [B, T] float32, the reward for each response token.
+        values: [B, T] float32, the value before each response token.
+        mask: [B, T] bool, right-padded: the real tokens of the rows to learn from.
+        gamma: discount of a token.
+        lam: the lambda of GAE; 1 gives Monte Carlo returns, 0 one-step errors.
+    Returns:
+        (advantages, returns), each [B, T] float32 without gradient, 0 outside the mask; advantages are not
+        whitened. returns = advantages + values is what the critic is fitted to.
+    Raises:
+        ValueError: shapes, dtypes or devices differ, or gamma or lam is outside [0, 1].
+    Source: Schulman et al. 2016 (GAE), eq. 16, with delta of eq. 10.
+    """
+    check_tokens(mask, token_reward=token_reward, values=values)
+    for name, number in (("gamma", gamma), ("lam", lam)):
+        if not 0.0 <= number <= 1.0:
+            raise ValueError(f"{name}: must be in [0, 1], got {number}")
+    values = keep(values, mask)
+    next_values = pad(values[:, 1:], (0, 1))
+    advantages = keep(token_reward + gamma * next_values - values, mask)
+    # A_t = delta_t + c A_{t+1}, by doubling: after the pass with `reach`, A_t holds the next 2 * reach deltas. That is
+    # log2(T) passes over the batch in place of T, and no matrix product whose precision a global switch may lower.
+    reach, decay = 1, gamma * lam
+    while reach < mask.shape[1]:
+        advantages = advantages + decay**reach * pad(advantages[:, reach:], (0, reach))
+        reach *= 2
+    advantages = keep(advantages, mask)
+    return advantages, keep(advantages + values, mask)
+
+
+@torch.no_grad()
+def rloo_advantages(reward: Tensor, group_size: int, scorable: Tensor | None = None) -> Tensor:
+    """Reward less the mean reward of the other responses to the same prompt.
+
+    Args:
+        reward: [B] float32; siblings of a prompt are contiguous.
+        group_size: G, at least 2.
+        scorable: [B] bool, the rows that count; None: all. Rows whose reward is not finite never count.
+    Returns:
+        [B] float32 without gradient; 0 for rows that do not count, and where no sibling is left to compare with.
+        Groups whose rewards are all equal get exactly 0.
+    Raises:
+        ValueError: group_size is below 2 or does not divide B, or a tensor has the wrong shape or dtype.
+    Source: Ahmadian et al. 2024 (Back to Basics), the RLOO estimator; first in Kool et al. 2019.
+    """
+    _check_siblings(group_size, "rloo_advantages")
+    groups, counted = _groups(reward, group_size, scorable)
+    count = counted.sum(-1, keepdim=True)
+    centred = _centred(groups, counted, count)
+    # r_i - sum_{j != i} r_j / (n - 1) = n / (n - 1) * (r_i - mean)
+    return (centred * count / (count - 1).clamp(min=1)).flatten()
+
+
+@torch.no_grad()
+def grpo_advantages(
+    reward: Tensor, group_size: int, *, scale: bool = True, scorable: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """Reward less the group's mean, over the group's standard deviation.
+
+    Args:
+        reward: [B] float32; siblings of a prompt are contiguous.
+        group_size: G, at least 2: alone, a response would always get 0.
+        scale: divide by the standard deviation (over n - 1) of the group; False is Dr. GRPO.
+        scorable: [B] bool, the rows that count; None: all. Rows whose reward is not finite never count.
+        eps: added to the standard deviation.
+    Returns:
+        [B] float32 without gradient; 0 for rows that do not count, and where no sibling is left to compare with.
+        Groups whose rewards are all equal get exactly 0.
+    Raises:
+        ValueError: group_size is below 2 or does not divide B, or a tensor has the wrong shape or dtype.
+    Source: Shao et al. 2024 (DeepSeekMath), section 4.1.2; Liu et al. 2025 (Dr. GRPO), section 3.2, for `scale=False`.
+    """
+    _check_siblings(group_size, "grpo_advantages")
+    groups, counted = _groups(reward, group_size, scorable)
+    count = counted.sum(-1, keepdim=True)
+    centred = _centred(groups, counted, count)
+    if scale:
+        variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+        centred = centred / (variance.sqrt() + eps)
+    return centred.flatten()
+
+
+@torch.no_grad()
+def group_is_constant(reward: Tensor, group_size: int, scorable: Tensor | None = None) -> Tensor:
+    """True for the rows of groups that teach nothing: the rewards that count are all equal, or fewer than two.
+
+    Leave such groups out of a loss with `mask & ~group_is_constant(...)[:, None]`.
+
+    Args:
+        reward: [B] float32; siblings of a prompt are contiguous.
+        group_size: G.
+        scorable: [B] bool, the rows that count; None: all. Rows whose reward is not finite never count.
+    Returns:
+        [B] bool, the same for all siblings.
+    Raises:
+        ValueError: group_size is below 1 or does not divide B, or a tensor has the wrong shape or dtype.
+    Source: Yu et al. 2025 (DAPO), section 3.2 (dynamic sampling) leaves these groups out.
+    """
+    groups, counted = _groups(reward, group_size, scorable)
+    return _constant(groups, counted).expand_as(groups).flatten()
+
+
+@torch.no_grad()
+def num_constant_groups(reward: Tensor, group_size: int, scorable: Tensor | None = None) -> Tensor:
+    """How many groups `group_is_constant` marks: a scalar int64 tensor on the device. Arguments as there."""
+    groups, counted = _groups(reward, group_size, scorable)
+    return _constant(groups, counted).sum()
+
+
+def _check_siblings(group_size: int, name: str) -> None:
+    if group_size < 2:
+        raise ValueError(
+            f"group_size: {name} compares a response with its siblings, so must be at least 2, got {group_size}; "
+            "raise it, or use PPO, whose baseline is a critic"
+        )
+
+
+def _groups(reward: Tensor, group_size: int, scorable: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rewards and which of them count, both [B / G, G]; a reward that does not count is 0."""
+    if reward.dim() != 1:
+        raise ValueError(f"reward: must be float32 [B], got {list(reward.shape)}; squeeze the last axis of [B, 1]")
+    check_float("reward", reward, reward.shape, reward.device, "one number a response")
+    if group_size < 1 or reward.shape[0] % group_size:
+        raise ValueError(
+            f"group_size: must be a positive divisor of the {reward.shape[0]} rows, got {group_size}; pass whole groups"
+        )
+    counted = torch.isfinite(reward)
+    if scorable is not None:
+        check_mask(scorable, num_dims=1)
+        if scorable.shape != reward.shape or scorable.device != reward.device:
+            raise ValueError(f"scorable: must be {list(reward.shape)} like reward, got {list(scorable.shape)}")
+        counted = counted & scorable
+    return keep(reward, counted).view(-1, group_size), counted.view(-1, group_size)
+
+
+def _constant(groups: Tensor, counted: Tensor) -> Tensor:
+    """[B / G, 1] bool: the greatest counted reward is not above the least."""
+    low = torch.where(counted, groups, torch.inf).amin(-1, keepdim=True)
+    high = torch.where(counted, groups, -torch.inf).amax(-1, keepdim=True)
+    return high <= low
+
+
+def _centred(groups: Tensor, counted: Tensor, count: Tensor) -> Tensor:
+    """Rewards less their group's mean; exactly 0 in a constant group, where the mean may be off by a rounding."""
+    mean = groups.sum(-1, keepdim=True) / count.clamp(min=1)
+    return keep(groups - mean, counted & ~_constant(groups, counted))
