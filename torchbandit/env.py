@@ -17,8 +17,8 @@ from torchbandit import batch
 from torchbandit.batch import Key, Reduce, require
 from torchbandit.prompts import PromptSet, PromptStream
 from torchbandit.responses import has_stopped
-from torchbandit.rewards import RewardPipeline
-from torchbandit.rewards.term import TermLike
+from torchbandit.rewards import RewardPipeline, RewardTerm
+from torchbandit.rewards.term import TermFn
 from torchbandit.scoring import Plan, make_plan
 
 Packing = bool | Literal["auto"]
@@ -51,7 +51,7 @@ class BanditEnv:
     def __init__(
         self,
         prompts: PromptSet,
-        reward: TermLike | Sequence[TermLike],
+        reward: RewardTerm | TermFn | Sequence[RewardTerm | TermFn],
         *,
         num_prompts: int,
         group_size: int = 1,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -87,7 +88,9 @@ def load_tokenizer(model: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
     """
     spec = _spec(model, "auto")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(spec.path), revision=spec.revision or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(spec.path), revision=spec.revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer of {spec.path}: cannot be opened ({_first_line(error)})") from error
     return with_pad(tokenizer)
@@ -129,9 +132,24 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelLike, w
     example = differing[0]
     raise ValueError(
         f"{what} {spec.path}: must have the policy's tokenizer ({len(ours)} tokens), got another with {len(theirs)}; "
-        f"{len(differing)} differ, for one {example!r} ({ours.get(example)} against {theirs.get(example)}); token ids of "
-        f"one vocabulary mean nothing to the other: use a {what} trained with this tokenizer, or score texts with HostReward"
+        f"{len(differing)} differ, for one {example!r} ({ours.get(example)} against {theirs.get(example)}). Token ids "
+        f"of one mean nothing to the other: use a {what} trained with this tokenizer, or score texts with HostReward"
     )
+
+
+def context_length(model: ModelLike) -> int | None:
+    """Positions that a model was built for, or None where its config does not say."""
+    if isinstance(model, PreTrainedModel):
+        config = model.config
+    else:
+        spec = _spec(model, "auto")
+        try:
+            config = AutoConfig.from_pretrained(str(spec.path), revision=spec.revision or "main", trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model {spec.path}: its config cannot be opened ({_first_line(error)}); give a hub id or a "
+                             "folder with config.json and safetensors weights") from error  # fmt: skip
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def stop_ids_of(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
@@ -180,7 +198,7 @@ def _load(
                          "config.json and safetensors weights") from error  # fmt: skip
     disable_dropout(loaded)
     loaded.eval().requires_grad_(trainable)
-    loaded.torchbandit_compile = spec.compile
+    setattr(loaded, "torchbandit_compile", spec.compile)  # noqa: B010 (a name that no module declares)
     return loaded
 
 

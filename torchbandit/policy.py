@@ -186,9 +186,21 @@ class CausalLMPolicy(nn.Module):
         if ptx_ids is not None:
             if ptx_mask is None:
                 raise ValueError("ptx_mask: must be bool [M, L] beside ptx_ids, got None")
-            total, count = scoring.corpus_loss(self.lm, ptx_ids, ptx_mask)
+            total, count = self.corpus_loss(ptx_ids, ptx_mask)
             out["ptx_loss"], out["ptx_tokens"] = total / count.clamp(min=1), count
         return out
+
+    def corpus_loss(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed token cross-entropy of text [M, L] under the policy, and the number of tokens; with gradient."""
+        return scoring.corpus_loss(self.lm, ids, mask)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        for model in (self.lm, self.critic):
+            if model is not None:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                # transformers recomputes in train mode only; every dropout is at 0, so nothing else changes.
+                model.train()
 
     def _plan(self, td: TensorDictBase, group_size: int) -> scoring.Plan:
         return scoring.make_plan(

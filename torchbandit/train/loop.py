@@ -311,16 +311,23 @@ class BanditTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = o.lr * schedule_factor(o.schedule, self.steps_done, o.steps, o.warmup_steps)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that decides the steps to come, save the policy's weights: optimizer and masters, env, generators."""
+    def any_rank(self, flag: bool) -> bool:
+        """True on every rank if it is on one, so that all leave the loop together."""
+        return self._reduce(torch.tensor(float(flag), device=self.env.device)).item() > 0
+
+    def position(self) -> dict[str, Any]:
+        """Where the run stands, without weights and moments: cheap enough to take before every step."""
         return {
             "steps_done": self.steps_done,
-            "optimizer": self.optimizer.state_dict(),
             "env": self.env.state_dict(),
             "corpus": None if self.corpus is None else self.corpus.state_dict(),
             "generator": self.policy.generator.get_state(),
             "shuffler": self.shuffler.get_state(),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides the steps to come, save the policy's weights."""
+        return self.position() | {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken."""

@@ -1,0 +1,173 @@
+"""From options to parts: what `torchbandit train` and the RLlib engine both stand on."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchbandit.corpus import Corpus
+from torchbandit.env import BanditEnv
+from torchbandit.generation import Sampling
+from torchbandit.models import ModelSpec, load_tokenizer
+from torchbandit.policy import CausalLMPolicy
+from torchbandit.prompts import PromptSet
+from torchbandit.rewards import HostReward, KLPenalty, LengthPenalty, RewardModel, RewardTerm
+from torchbandit.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def pick_device(options: TrainOptions) -> torch.device:
+    """The device of this process: `options.device`, else cuda (the local one of several) where there is one."""
+    wanted = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: {wanted} was asked for, and torch sees no CUDA device; use --device cpu")
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"device: cuda:{index} was asked for, torch sees {torch.cuda.device_count()} device(s)")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def build_prompts(options: TrainOptions, path: str, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """The prompts of a JSONL file, cut to what the policy's context leaves beside a whole response."""
+    assert options.policy is not None
+    room = _context(options.policy, tokenizer) - options.max_new_tokens
+    length = room if options.max_prompt_length is None else options.max_prompt_length
+    if length < 1 or length > room:
+        raise ValueError(
+            f"max_prompt_length, max_new_tokens: together at most the policy's context of "
+            f"{room + options.max_new_tokens} tokens, got {max(length, 0)} and {options.max_new_tokens}"
+        )
+    return PromptSet.from_jsonl(path, tokenizer, prompt_key=options.prompt_key, max_length=length, chat=options.chat)
+
+
+def _context(policy: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the model's positions and its tokenizer allow."""
+    from torchbandit.models import context_length
+
+    found = [n for n in (context_length(policy), tokenizer.model_max_length) if n is not None and n < 10**9]
+    return min(found, default=10**9)
+
+
+def build_terms(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """The reward terms: models first, then functions, length, KL. Models are named by path and load where they serve."""
+    frozen: dict[str, Any] = dict(dtype=options.dtype, quantization=options.quantization, compile=options.compile)
+    terms: list[Any] = []
+    if options.reward_model:
+        terms.append(
+            RewardModel(
+                [ModelSpec(path, **frozen) for path in options.reward_model],
+                normalize=options.normalize_reward,
+                missing_eos_penalty=options.missing_eos_penalty,
+            )
+        )
+    terms += [RewardTerm(import_function(name, "reward")) for name in options.reward]
+    terms += [HostReward(import_function(name, "host_reward"), tokenizer) for name in options.host_reward]
+    if options.length_penalty:
+        terms.append(LengthPenalty(options.length_penalty))
+    assert options.policy is not None
+    terms.append(
+        KLPenalty(
+            ModelSpec(options.reference or options.policy, **frozen),
+            # GRPO has its KL in the loss; here it is only recorded, with the reference's log-probs.
+            coef=0.0 if options.algo == "grpo" else options.kl_coef,
+            per_token=options.algo == "ppo",
+            target=options.kl_target,
+        )
+    )
+    return terms
+
+
+def build_env(
+    options: TrainOptions, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, terms: list[Any] | None = None,
+    prompts: str | None = None,
+) -> BanditEnv:  # fmt: skip
+    """The env of one process; `prompts` names another file than the training one (evaluation)."""
+    path = prompts or options.prompts
+    assert path is not None and options.group_size is not None
+    table = build_prompts(options, path, tokenizer)
+    num = min(options.num_prompts, len(table)) if prompts else options.num_prompts
+    return BanditEnv(
+        table,
+        build_terms(options, tokenizer) if terms is None else terms,
+        num_prompts=num,
+        group_size=options.group_size,
+        device=device,
+        seed=options.seed,
+        packing=options.packing,
+    )
+
+
+def build_sampling(options: TrainOptions) -> Sampling:
+    """How responses are drawn."""
+    return Sampling(max_new_tokens=options.max_new_tokens, temperature=options.temperature, places=options.places)
+
+
+def build_policy(
+    options: TrainOptions, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> CausalLMPolicy:
+    """The trainable policy, with the critic that the algorithm needs."""
+    assert options.policy is not None
+    critic = options.critic
+    if critic is None and options.algo == "ppo":
+        critic = "head"
+    return CausalLMPolicy(
+        ModelSpec(options.policy, dtype=options.dtype, compile=options.compile),
+        tokenizer,
+        sampling=build_sampling(options),
+        critic=critic if critic in (None, "head") else ModelSpec(critic, dtype=options.dtype, compile=options.compile),
+        device=device,
+        seed=options.seed,
+        packing=options.packing,
+    )
+
+
+def build_corpus(
+    options: TrainOptions, path: str | None, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Corpus | None:
+    """Pretraining rows of a file, or None without one."""
+    if path is None:
+        return None
+    assert options.policy is not None
+    length = min(options.ptx_length, _context(options.policy, tokenizer))
+    return Corpus.from_file(path, tokenizer, max_length=length, seed=options.seed, device=device)
+
+
+def build_tokenizer(options: TrainOptions) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer; every other model must read the same ids."""
+    assert options.policy is not None
+    return load_tokenizer(options.policy)
+
+
+def import_function(name: str, option: str) -> Callable[..., Any]:
+    """`package.module:function`, the current folder included.
+
+    Raises:
+        ValueError: the name is not of this form, or leads to nothing callable.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not module_name or not attribute:
+        raise ValueError(f"{option}: must be package.module:function, got {name!r}")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise ValueError(f"{option}: {module_name!r} cannot be imported ({error}); run where it can, or install it") from error
+    except AttributeError:
+        raise ValueError(f"{option}: module {module_name!r} has no {attribute!r}") from None
+    if not callable(function):
+        raise ValueError(f"{option}: {name!r} must be a function, got {type(function).__name__}")
+    made: Callable[..., Any] = function
+    return made

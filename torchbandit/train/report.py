@@ -1,0 +1,127 @@
+"""What a run leaves behind: metrics.jsonl, curve.png, samples.md, evaluation.json; and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from torchbandit.train.evaluate import Evaluation
+
+
+class Reporter:
+    """Writes one flat line of metrics a step and moves the progress bar.
+
+    Args:
+        out: folder of the run.
+        steps: of the whole run.
+        done: steps done before, by a run that is resumed: later lines of metrics.jsonl are cut off.
+        show: draw the bar (the main process alone).
+    """
+
+    def __init__(self, out: Path, *, steps: int, done: int = 0, show: bool = True) -> None:
+        self.path = out / "metrics.jsonl"
+        kept = read_metrics(self.path)[:done] if done else []
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+        self._bar = tqdm(total=steps, initial=done, disable=not show, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+        self._file.close()
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        """Write a step's line (NaN becomes null: JSON has no NaN) and move the bar."""
+        line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        told = {name: f"{metrics[key]:.3g}" for name, key in BAR.items() if key in metrics}
+        self._bar.set_postfix(told, refresh=False)
+        self._bar.update()
+
+
+BAR = {"reward": "reward", "kl": "kl", "samples/s": "samples_per_s"}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_curve(metrics: Path, picture: Path) -> None:
+    """Draw reward, KL and ptx loss over the steps of a metrics.jsonl; what was not measured is left out."""
+    from matplotlib.figure import Figure  # slow to import, and only needed when a run ends
+
+    lines = read_metrics(metrics)
+    panels = [("reward", "reward"), ("kl", "KL to the reference (nats a response)"), ("loss/ptx", "ptx loss (nats a token)")]
+    panels = [(key, title) for key, title in panels if any(line.get(key) is not None for line in lines)]
+    if not panels:
+        return
+    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    for axis, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        axis.plot(*zip(*points, strict=True), linewidth=1.6)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+    figure.savefig(picture, dpi=120)
+
+
+def write_samples(path: Path, before: Evaluation, after: Evaluation) -> None:
+    """The same prompts answered before and after training, with each term's score."""
+    lines = ["# Samples", "", "The same prompts before and after training, with the raw score of each reward term.", ""]
+    for old, new in zip(before.samples, after.samples, strict=True):
+        lines += [f"## {_one_line(old.prompt)}", "", "| | response | " + " | ".join(old.terms) + " |"]
+        lines += ["|---|---|" + "---|" * len(old.terms)]
+        for name, sample in (("before", old), ("after", new)):
+            scores = " | ".join(f"{value:.3f}" for value in sample.terms.values())
+            lines.append(f"| {name} | {_one_line(sample.response)} | {scores} |")
+        lines.append("")
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|") or "*(empty)*"
+
+
+def write_evaluation(path: Path, before: Evaluation, after: Evaluation | None) -> None:
+    """Both evaluations as JSON; `after` is absent while the run goes on."""
+    content = {"before": asdict(before)} | ({} if after is None else {"after": asdict(after)})
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_before(path: Path) -> Evaluation | None:
+    """The evaluation that an interrupted run made before its first step."""
+    from torchbandit.train.evaluate import Sample
+
+    if not path.exists():
+        return None
+    before = json.loads(path.read_text(encoding="utf-8"))["before"]
+    return Evaluation(before["metrics"], [Sample(**sample) for sample in before["samples"]])
+
+
+def summary(before: Evaluation, after: Evaluation) -> str:
+    """A few lines for the terminal: every number before and after."""
+    width = max(len(name) for name in after.metrics)
+    rows = [f"{'':{width}}  {'before':>9}  {'after':>9}"]
+    for name, new in after.metrics.items():
+        if not name.endswith("_std"):
+            rows.append(f"{name:{width}}  {before.metrics.get(name, math.nan):9.3f}  {new:9.3f}")
+    return "\n".join(rows)
