@@ -1,0 +1,102 @@
+"""What a user asks of generation, and how one token is drawn. (B, T, V: see batch.py.)"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled.
+
+    Args:
+        max_new_tokens: T, the fixed width of the responses.
+        temperature: divides the logits; 0 is greedy, with log-probs at temperature 1.
+        top_k: keep the k likeliest tokens; 0 keeps all. For evaluation: the log-probs stay those of the whole softmax.
+        top_p: keep the smallest set of likeliest tokens that holds this mass (after top_k); 1 keeps all.
+        places: at most so many rows are in the cache at a time, the others wait; None lets memory decide.
+        stop_ids: None takes the tokenizer's and the model's eos ids.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    places: int | None = None
+    stop_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature: must be finite and at least 0 (0 is greedy), got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: must be at least 0 (0 keeps every token), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: must be above 0 and at most 1 (1 keeps every token), got {self.top_p}")
+        if self.places is not None and self.places < 1:
+            raise ValueError(f"places: must be at least 1, or None, got {self.places}")
+        if self.stop_ids is not None and any(stop < 0 for stop in self.stop_ids):
+            raise ValueError(f"stop_ids: must be token ids, so not negative, got {self.stop_ids}")
+
+    @property
+    def truncates(self) -> bool:
+        """True where sampling leaves tokens out, so that log-probs are not those of the sampled distribution."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+class Generated(NamedTuple):
+    """Responses: tokens [B, T] int64, mask [B, T] bool, log_probs [B, T] float32, finished [B] bool."""
+
+    tokens: Tensor
+    mask: Tensor
+    log_probs: Tensor
+    finished: Tensor
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-prob under softmax(logits / temperature) over the whole vocabulary.
+
+    The draw is an exponential race: argmax of p / E with E ~ Exp(1) has distribution p, and needs no
+    cumulative sum and no look from the host.
+
+    Args:
+        logits: [B, V], any float dtype; reduced in float32.
+    Returns:
+        tokens [B] int64, log_probs [B] float32.
+    """
+    greedy = sampling.temperature == 0
+    scaled = logits.float()
+    if not greedy and sampling.temperature != 1:
+        scaled = scaled / sampling.temperature
+    probs = scaled.softmax(-1)
+    if greedy:
+        tokens = scaled.argmax(-1, keepdim=True)  # of the logits: two probs may round to a tie that logits have not
+    else:
+        # float32 uniforms have 24 bits, so a 0 stands for the bin below 2^-24; its middle keeps the race finite.
+        race = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(2**-25)
+        tokens = (truncate(probs, sampling) if sampling.truncates else probs).div(race).argmax(-1, keepdim=True)
+    log_probs = scaled.gather(-1, tokens) - scaled.logsumexp(-1, keepdim=True)
+    return tokens.squeeze(-1), log_probs.squeeze(-1)
+
+
+def truncate(probs: Tensor, sampling: Sampling) -> Tensor:
+    """`probs` with the tokens outside top-k and top-p at 0, not renormalised: [B, V] -> [B, V].
+
+    Source: Fan et al. 2018 (top-k); Holtzman et al. 2020 (nucleus), where top-p counts the mass that top-k left.
+    """
+    if 0 < sampling.top_k < probs.shape[-1]:
+        kth = probs.topk(sampling.top_k, dim=-1).values[..., -1:]
+        probs = torch.where(probs < kth, 0.0, probs)
+    if sampling.top_p < 1:
+        ordered, index = probs.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        kept = before < sampling.top_p * ordered.sum(-1, keepdim=True)
+        kept[..., 0] = True
+        probs = probs * torch.zeros_like(kept).scatter_(-1, index, kept)
+    return probs
