@@ -62,7 +62,7 @@ def tiny_lm(arch: str = "llama", seed: int = 0, **overrides: object) -> PreTrain
 
 def tiny_reward_model(arch: str = "llama", seed: int = 1, **overrides: object) -> PreTrainedModel:
     """A random one-label sequence classifier in fp32."""
-    return _build(AutoModelForSequenceClassification, tiny_config(arch, num_labels=1, **overrides), seed)
+    return _build(AutoModelForSequenceClassification, tiny_config(arch, **({"num_labels": 1} | overrides)), seed)
 
 
 def _build(kind: type, config: PreTrainedConfig, seed: int) -> PreTrainedModel:

@@ -74,7 +74,7 @@ class MasterOptimizer:
         if not live:
             return torch.zeros((), device=self._pairs[0][1].device)
         grads = [m.grad for m in live if m.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([n.to(grads[0].device) for n in torch._foreach_norm(grads)]))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(grads[0].device) for n in torch._foreach_norm(grads)]))
         finite = norm.isfinite()
         if grad_clip is not None:
             scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0)
@@ -105,8 +105,8 @@ class MasterOptimizer:
         masters = state["masters"]
         if [list(m.shape) for m in masters] != [list(m.shape) for _, m in self._own]:
             raise ValueError(
-                f"optimizer state: must hold {len(self._own)} float32 masters of this model's shapes, got {len(masters)}; "
-                "resume with the model and dtype that wrote it"
+                f"optimizer state: must hold {len(self._own)} float32 masters of this model's shapes, got "
+                f"{len(masters)}; resume with the model and dtype that wrote it"
             )
         self.optimizer.load_state_dict(state["optimizer"])
         for (param, master), saved in zip(self._own, masters, strict=True):

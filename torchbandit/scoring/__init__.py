@@ -224,7 +224,12 @@ def _temperature(temperature: float | Tensor, device: torch.device) -> float | T
 
 
 def _checked(
-    prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor, group_size: int, plan: Plan | None
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    response_ids: Tensor,
+    response_mask: Tensor,
+    group_size: int,
+    plan: Plan | None,
 ) -> tuple[Tensor, Plan]:
     for name, ids, mask in (("prompt", prompt_ids, prompt_mask), ("response", response_ids, response_mask)):
         if ids.dtype != torch.int64 or mask.dtype != torch.bool or ids.shape != mask.shape or ids.device != mask.device:

@@ -57,7 +57,7 @@ def attention(
 def _right_padded(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
     W = query.shape[2]
     mask = None
-    if window is not None and W > window:
+    if window is not None and window < W:
         at = torch.arange(W, device=query.device)
         mask = (at[:, None] >= at) & (at[:, None] - at < window)
     return F.scaled_dot_product_attention(

@@ -61,7 +61,7 @@ def of_targets(
     """
     M = hidden.shape[0]
     size = chunk_size(vocab_size)
-    if M <= size:
+    if size >= M:
         spans = [slice(0, M)]
     else:
         count = -(-M // size)
