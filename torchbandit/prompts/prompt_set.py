@@ -1,0 +1,300 @@
+"""PromptSet: N prompts, tokenised once, as a table on the device. (B, P, N: see batch.py.)"""
+
+from __future__ import annotations
+
+import copy
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from torchbandit.prompts.read import Columns, Records, read_dataset, read_jsonl, split_columns
+from torchbandit.prompts.table import make_table
+from torchbandit.prompts.tokenise import Where, tokenise
+from torchbandit.responses import is_contiguous, is_left_padded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PromptSet:
+    """Prompts as a table on the device, with the columns that travel with them. Made by one of the `from_*`.
+
+    Columns of numbers become tensors and travel in the batch; strings and objects stay here, in `host_columns`, for
+    `HostReward`.
+
+    Attributes:
+        tokenizer: what made the ids, or decodes them.
+        width: P, the tokens of the longest prompt.
+        pad_id: stands in front of short prompts; the tokenizer's pad id, or its eos id. It may be a real token
+            elsewhere: only masks tell padding.
+        lengths: [N] int64 on the device.
+        columns: name -> tensor [N, ...] on the device.
+        host_columns: name -> list of N.
+        num_truncated: prompts that were cut to `max_length`.
+        fingerprint: a checksum of ids and lengths, by which a checkpoint knows its prompts.
+    """
+
+    def __init__(
+        self,
+        flat: Tensor,
+        lengths: Tensor,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        columns: Columns | None = None,
+        texts: list[str] | None = None,
+        num_truncated: int = 0,
+        where: Where,
+    ) -> None:
+        """Check the ids and build the table.
+
+        Args:
+            flat: [sum of lengths] int64 on the CPU, prompt after prompt.
+            lengths: [N] int64 on the CPU.
+            texts: what the ids were made of; None decodes when asked.
+            where: names a prompt in a message.
+        """
+        if not lengths.numel():
+            raise ValueError("prompts: must be at least one, got none")
+        if int(lengths.min()) < 1:
+            raise ValueError(f"{where(int(lengths.argmin()))}: must hold at least one token, got none")
+        vocabulary = max(tokenizer.get_vocab().values()) + 1
+        outside = (flat < 0) | (flat >= vocabulary)
+        if outside.any():
+            at = int(outside.int().argmax())
+            row = int(torch.searchsorted(lengths.cumsum(0), at, right=True))
+            raise ValueError(
+                f"{where(row)}: token ids must be 0 to {vocabulary - 1}, the tokenizer's vocabulary, got "
+                f"{int(flat[at])}; were the ids made by another tokenizer?"
+            )
+        self.tokenizer = tokenizer
+        self.pad_id = _pad_id(tokenizer, vocabulary)
+        self.columns, self.host_columns = split_columns(columns or {}, lengths.numel(), where)
+        self.num_truncated = num_truncated
+        self.fingerprint = _checksum(flat) ^ _checksum(lengths)
+        self._shortest, self._num_tokens = int(lengths.min()), flat.numel()
+        self._texts = texts
+        self._table = make_table(flat, lengths, self.pad_id)
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Iterable[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        columns: Columns | None = None,
+        chat: bool = False,
+    ) -> PromptSet:
+        """Tokenise texts, with the BOS that the tokenizer puts in front.
+
+        Args:
+            texts: strings, or lists of messages `{"role", "content"}`, which go through the chat template.
+            max_length: longer prompts keep their BOS and their end; a warning says how many.
+            columns: name -> N numbers, lists of numbers, or a tensor [N, ...]: on the device; or N strings: on the
+                host.
+            chat: strings go through the tokenizer's chat template too, as a user message with the generation prompt.
+        Raises:
+            ValueError: names the text or the column, what was expected and what came.
+        """
+        if isinstance(texts, str):
+            raise ValueError("texts: must be a list of strings, got one string; put it in a list")
+        return cls._tokenised(Records(list(texts), {}, lambda i: f"texts[{i}]"), tokenizer, max_length, chat, columns)
+
+    @classmethod
+    def from_jsonl(
+        cls,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_key: str = "prompt",
+        max_length: int,
+        chat: bool = False,
+        columns: Sequence[str] | None = None,
+    ) -> PromptSet:
+        """Read a file of one JSON object a line.
+
+        Args:
+            prompt_key: holds the prompt, a string or a list of messages.
+            columns: the keys that travel with a prompt; None takes all others than `prompt_key`.
+            max_length, chat: as in `from_texts`.
+        Raises:
+            ValueError: names the file and line, what was expected and what came.
+        """
+        return cls._tokenised(read_jsonl(path, prompt_key, columns), tokenizer, max_length, chat)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Iterable[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_key: str = "prompt",
+        max_length: int,
+        chat: bool = False,
+        columns: Sequence[str] | None = None,
+    ) -> PromptSet:
+        """Read a `datasets.Dataset` (one split), or any iterable of dicts; arguments as in `from_jsonl`."""
+        return cls._tokenised(read_dataset(dataset, prompt_key, columns), tokenizer, max_length, chat)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        tokens: Sequence[Sequence[int]] | tuple[Tensor, Tensor],
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        columns: Columns | None = None,
+    ) -> PromptSet:
+        """Take ready tokens as they are: no BOS is added and nothing is cut.
+
+        Args:
+            tokens: lists of ids, or a pair (ids [N, L] int64, mask [N, L] bool), padded on either side.
+            columns: as in `from_texts`.
+        """
+        if isinstance(tokens, tuple) and len(tokens) == 2 and isinstance(tokens[0], Tensor):
+            flat, lengths = _unpad(*tokens)
+        else:
+            rows = [list(row) for row in tokens]
+            flat, lengths = _flatten(rows)
+        return cls(flat, lengths, tokenizer, columns=columns, where=lambda i: f"tokens[{i}]")
+
+    @classmethod
+    def _tokenised(
+        cls,
+        records: Records,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        chat: bool,
+        columns: Columns | None = None,
+    ) -> PromptSet:
+        made = tokenise(records.prompts, tokenizer, max_length=max_length, chat=chat, where=records.where)
+        flat, lengths = _flatten(made.rows)
+        return cls(
+            flat,
+            lengths,
+            tokenizer,
+            columns=records.columns if columns is None else columns,
+            texts=made.texts,
+            num_truncated=made.num_cut,
+            where=records.where,
+        )
+
+    def __len__(self) -> int:
+        return self._table.lengths.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self._table.position.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self._table.lengths.device
+
+    @property
+    def lengths(self) -> Tensor:
+        return self._table.lengths
+
+    @property
+    def is_dense(self) -> bool:
+        """False where padding would waste more than half of the table, so that it is flat with offsets."""
+        return self._table.ends is None
+
+    def to(self, device: torch.device | str) -> PromptSet:
+        """The same prompts on `device`; what is on the host is shared."""
+        moved = copy.copy(self)
+        moved._table = self._table.to(torch.device(device))
+        moved.columns = {name: column.to(device) for name, column in self.columns.items()}
+        return moved
+
+    def gather(self, prompt_id: Tensor) -> tuple[Tensor, Tensor, TensorDict | None]:
+        """The prompts of these rows, without a sync.
+
+        Args:
+            prompt_id: [n] int64 on the set's device.
+        Returns:
+            ids [n, P] int64, left-padded; mask [n, P] bool, True on real tokens; the columns, batch_size [n], or
+            None where there are none.
+        """
+        if prompt_id.dtype != torch.int64 or prompt_id.dim() != 1 or prompt_id.device != self.device:
+            raise ValueError(
+                f"prompt_id: must be int64 [n] on {self.device}, got {str(prompt_id.dtype).removeprefix('torch.')} "
+                f"{list(prompt_id.shape)} on {prompt_id.device}"
+            )
+        ids, mask = self._table.gather(prompt_id)
+        if not self.columns:
+            return ids, mask, None
+        columns = {name: column[prompt_id] for name, column in self.columns.items()}
+        return ids, mask, TensorDict(columns, batch_size=[prompt_id.shape[0]], device=self.device)
+
+    def texts(self, prompt_id: Tensor | Sequence[int] | None = None) -> list[str]:
+        """What the policy reads, as strings: chats as rendered, long prompts as cut. Leaves the device.
+
+        Args:
+            prompt_id: [n] rows; None takes all.
+        """
+        rows = range(len(self)) if prompt_id is None else [int(row) for row in torch.as_tensor(prompt_id).tolist()]
+        if self._texts is not None:
+            return [self._texts[row] for row in rows]
+        ids, mask = (part.cpu() for part in self._table.gather(torch.tensor(list(rows), device=self.device)))
+        return [str(self.tokenizer.decode(row[kept].tolist())) for row, kept in zip(ids, mask, strict=True)]
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{len(self)} prompts",
+            f"{self._shortest} to {self.width} tokens, mean {self._num_tokens / len(self):.1f}",
+            f"{'dense' if self.is_dense else 'flat'} on {self.device}",
+        ]
+        if self.num_truncated:
+            parts.append(f"{self.num_truncated} cut")
+        for name, column in self.columns.items():
+            parts.append(f"{name}: {str(column.dtype).removeprefix('torch.')} {list(column.shape)}")
+        parts += [f"{name}: host" for name in self.host_columns]
+        return f"PromptSet({'; '.join(parts)})"
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+    candidates = [t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(t, int)]
+    if not candidates:
+        raise ValueError(
+            "tokenizer: must have a pad or an eos token, got neither; set tokenizer.eos_token to the token that ends "
+            "a response"
+        )
+    # A pad id may lie outside the vocabulary (some checkpoints say -1), where an embedding would read foreign memory.
+    return next((t for t in candidates if 0 <= t < vocabulary), 0)
+
+
+def _flatten(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    try:
+        flat = array("q", chain.from_iterable(rows))  # several times as fast as torch.tensor of a list
+    except (TypeError, OverflowError) as error:
+        odd = next(i for i, row in enumerate(rows) if any(type(t) is not int or not -(2**63) <= t < 2**63 for t in row))
+        raise ValueError(f"tokens[{odd}]: token ids must be ints of the vocabulary, got {rows[odd][:8]}") from error
+    return torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64), lengths
+
+
+def _unpad(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    if ids.dim() != 2 or ids.dtype != torch.int64 or mask.dtype != torch.bool or mask.shape != ids.shape:
+        raise ValueError(
+            "tokens: must be a pair of ids int64 [N, L] and mask bool [N, L], got "
+            + " and ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (ids, mask))
+        )
+    ids, mask = ids.cpu(), mask.cpu()
+    holes = ~(is_contiguous(mask) | is_left_padded(mask))
+    if holes.any():
+        odd = int(holes.int().argmax())
+        raise ValueError(
+            f"tokens[{odd}]: the mask must be one run of True, padded on the left or the right, got a mask with holes"
+        )
+    return ids[mask], mask.sum(-1)
+
+
+def _checksum(values: Tensor) -> int:
+    """A checksum that tells order: int64 arithmetic wraps around, alike everywhere."""
+    weight = torch.arange(1, values.numel() + 1) * 0x9E3779B97F4A7C1
+    return int(((values + 1) * (weight ^ (weight >> 29))).sum())
