@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from torchbandit import batch
-from torchbandit.batch import masked_sum, require, show
+from torchbandit.batch import Key, masked_sum, require, show
 from torchbandit.env import BanditEnv
 from torchbandit.responses import is_contiguous, is_left_padded, stop_mask
 
@@ -198,13 +198,16 @@ def _check_rows(
     _same(out["next"], step(junk)["next"], "ids behind a mask (after the stop token) must change nothing", tolerance)
 
     wide = td.clone()
-    for key in (batch.PROMPT, batch.PROMPT_MASK):
+    padded: tuple[Key, ...] = (batch.PROMPT, batch.PROMPT_MASK)
+    for key in padded:
         wide.set(key, torch.cat((torch.zeros_like(td[key][:, :1]), td[key]), 1))
-    for key in (batch.RESPONSE, batch.RESPONSE_MASK, batch.LOG_PROBS, batch.VALUES):
+    padded = (batch.RESPONSE, batch.RESPONSE_MASK, batch.LOG_PROBS, batch.VALUES)
+    for key in padded:
         if td.get(key, None) is not None:
             wide.set(key, torch.cat((td[key], torch.zeros_like(td[key][:, :2])), 1))
     widened = step(wide)
-    for key in (batch.TOKEN_REWARD, batch.REF_LOG_PROBS):
+    padded = (batch.TOKEN_REWARD, batch.REF_LOG_PROBS)
+    for key in padded:
         if widened.get(key, None) is not None:
             widened.set(key, widened[key][:, :-2])
     _same(out["next"], widened["next"], "the width of the padding must change nothing", tolerance)
@@ -240,13 +243,12 @@ def _check_state(env: BanditEnv, td: TensorDictBase, frozen: dict[str, Any], tol
 
     first, *rewards = further()
     moved = copy.deepcopy(env.state_dict())  # so that loading has something to undo
-    env.load_state_dict(copy.deepcopy(frozen))
-    _demand(_equal(env.state_dict(), frozen), "state_dict must be, after load_state_dict, what was loaded")
     second, *again = further()
     _same(first, second, "reset after load_state_dict must draw the same batch")
     for a, b in zip(rewards, again, strict=True):
         _same(a["next"], b["next"], "step after load_state_dict must give the same rewards", tolerance)
-    env.load_state_dict(moved)
+    env.load_state_dict(copy.deepcopy(moved))
+    _demand(_equal(env.state_dict(), moved), "state_dict must be, after load_state_dict, what was loaded")
     third = env.reset()
     repeated = (third[batch.GROUP_ID][:, None] == first[batch.GROUP_ID]).any()
     _demand(~repeated, f"{show(batch.GROUP_ID)}: the next batch must be of new draws")

@@ -21,7 +21,7 @@ _READS = {
 
 class _Watch(TorchDispatchMode):
     def __init__(self, seen: Callable[[str], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
