@@ -12,7 +12,7 @@ import torchbandit
 
 ROOT = Path(torchbandit.__file__).parent
 FLOORS = (  # from the ground up; a file may import from lower floors, and from its own folder
-    {"batch", "demo"},
+    {"batch", "clock", "demo"},
     {"responses"},
     {"masters", "models", "losses"},
     {"prompts"},

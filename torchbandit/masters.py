@@ -91,6 +91,12 @@ class MasterOptimizer:
             master.grad = None
         return norm
 
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the weights as they are now for the masters, after something else than `step` has set them."""
+        if self._own:
+            torch._foreach_copy_([m for _, m in self._own], [p for p, _ in self._own])
+
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state and the masters, which hold more than the rounded weights do."""
         return {"optimizer": self.optimizer.state_dict(), "masters": [m.detach() for _, m in self._own]}

@@ -5,6 +5,7 @@ Safetensors only, no remote code, dropout off, no gradient unless asked for.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +17,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 Quantization = Literal["fp8", "int8", "nf4"]
 
@@ -78,6 +81,24 @@ def load_reward_model(
             "train or save it with num_labels=1"
         )
     return loaded
+
+
+def empty_causal_lm(
+    model: str | Path | ModelSpec, device: torch.device | str, *, dtype: str | torch.dtype = "auto"
+) -> PreTrainedModel:
+    """The architecture of `load_causal_lm` with uninitialised weights, for a process that is sent them.
+
+    Raises:
+        ValueError: the config cannot be opened.
+    """
+    return _empty(AutoModelForCausalLM, model, device, dtype)
+
+
+def empty_reward_model(
+    model: str | Path | ModelSpec, device: torch.device | str, *, dtype: str | torch.dtype = "auto"
+) -> PreTrainedModel:
+    """The architecture of `load_reward_model` with uninitialised weights, as `empty_causal_lm`."""
+    return _empty(AutoModelForSequenceClassification, model, device, dtype)
 
 
 def load_tokenizer(model: str | Path | ModelSpec) -> PreTrainedTokenizerBase:
@@ -200,6 +221,27 @@ def _load(
     loaded.eval().requires_grad_(trainable)
     setattr(loaded, "torchbandit_compile", spec.compile)  # noqa: B010 (a name that no module declares)
     return loaded
+
+
+def _empty(
+    auto: Any, model: str | Path | ModelSpec, device: torch.device | str, dtype: str | torch.dtype
+) -> PreTrainedModel:
+    spec = _spec(model, dtype)
+    device, revision = torch.device(device), spec.revision or "main"
+    try:
+        config = AutoConfig.from_pretrained(str(spec.path), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {spec.path}: its config cannot be opened ({_first_line(error)}); give a hub id or a "
+                         "folder with config.json and safetensors weights") from error  # fmt: skip
+    with no_init_weights(), device:
+        made: PreTrainedModel = auto.from_config(config, dtype=_dtype(spec.dtype, device), trust_remote_code=False)
+    # from_config knows nothing of generation_config.json, whose eos ids end a response.
+    with contextlib.suppress(OSError):
+        made.generation_config = GenerationConfig.from_pretrained(str(spec.path), revision=revision)
+    disable_dropout(made)
+    made.eval().requires_grad_(False)
+    setattr(made, "torchbandit_compile", spec.compile)  # noqa: B010
+    return made
 
 
 def wants_compile(model: nn.Module) -> bool:

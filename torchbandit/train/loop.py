@@ -17,12 +17,12 @@ from torch import Tensor
 
 from torchbandit import batch, losses
 from torchbandit.batch import masked_mean, masked_whiten
+from torchbandit.clock import Clock
 from torchbandit.corpus import Corpus
 from torchbandit.env import BanditEnv
 from torchbandit.masters import MasterOptimizer
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.responses import last_token
-from torchbandit.train.clock import Clock
 from torchbandit.train.options import LoopOptions
 
 Metrics = dict[str, float]

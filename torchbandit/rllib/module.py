@@ -1,0 +1,129 @@
+"""CausalLMModule: a pretrained causal LM, with its critic, as an RLModule. (B, T: see batch.py.)"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection
+from typing import Any
+
+import ray
+import torch
+from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
+from tensordict import TensorDict, TensorDictBase
+
+from torchbandit.models import ModelSpec, empty_causal_lm, empty_reward_model, load_tokenizer
+from torchbandit.policy import CausalLMPolicy
+from torchbandit.rllib.wire import pack, unflatten, unpack
+
+
+def here() -> str:
+    """This node, for messages: host name and, inside a cluster, the address that Ray knows it by."""
+    address = ray.util.get_node_ip_address() if ray.is_initialized() else "no cluster"
+    return f"{socket.gethostname()} ({address})"
+
+
+class CausalLMModule(TorchRLModule):
+    """An RLModule around `CausalLMPolicy`, built from a folder or hub id: no catalog, no forward pass at build.
+
+    `model_config` is filled by `BanditPPOConfig`: pretrained, critic, dtype, sampling, device, entropy, and `empty`,
+    which leaves the weights to the first broadcast.
+    """
+
+    policy: CausalLMPolicy
+
+    def setup(self) -> None:
+        """Build the policy, on the device it will stay on."""
+        given = self.model_config
+        try:
+            self.policy = _build(given)
+        except AttributeError as error:  # RLModuleSpec.build would swallow it and try a deprecated signature
+            raise RuntimeError(f"CausalLMModule: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"rl_module(pretrained={str(given['pretrained'])!r}, critic={str(given['critic'])!r}): cannot be built on node "
+                f"{here()}: {error}. Every node loads it for itself: put it on all nodes or on shared storage, or give "
+                "a hub id"
+            ) from error
+        self.num_loads = 0
+
+    def generate(
+        self,
+        td: TensorDictBase,
+        *,
+        greedy: bool = False,
+        generator: torch.Generator | None = None,
+        group_size: int | None = None,
+    ) -> TensorDict:
+        """Answer every prompt; where `BanditEnvRunner` gets its responses. As `CausalLMPolicy.generate`."""
+        return self.policy.generate(td, greedy=greedy, generator=generator, group_size=group_size)
+
+    def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """All that a loss needs, ptx among it, from one forward pass, so that DDP averages every gradient."""
+        wanted = ("tokens/prompt", "masks/prompt", "tokens/response", "masks/response", "temperature")
+        td = unflatten({key: batch[key] for key in wanted if key in batch})
+        out = self.policy(
+            td,
+            ptx_ids=batch.get("ptx_ids"),
+            ptx_mask=batch.get("ptx_mask"),
+            entropy=self.model_config["entropy"],
+            group_size=batch.get("group_size", 1),
+        )
+        return dict(out.items())  # DDP looks for tensors in dicts, not in a TensorDict
+
+    def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return {"td": self.generate(batch["td"])}
+
+    def _forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return {"td": self.generate(batch["td"], greedy=True)}
+
+    def train(self, mode: bool = True) -> CausalLMModule:
+        """Nothing: the policy is in the mode it needs; RLlib would switch it around every forward pass."""
+        return self
+
+    def get_state(
+        self,
+        components: str | Collection[str] | None = None,
+        *,
+        not_components: str | Collection[str] | None = None,
+        inference_only: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """All weights as bits, tied ones once; the runner needs the critic too, so `inference_only` drops nothing."""
+        return {"weights": pack(self._untied())}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Load `get_state()` of the same model, whatever its device; ValueError where names differ."""
+        weights = unpack(state["weights"])
+        known = self._untied()
+        if known.keys() != weights.keys():
+            odd = sorted(known.keys() ^ weights.keys())
+            raise ValueError(
+                f"module state: must hold this model's {len(known)} weights, got {len(weights)}; {odd[0]!r} is in one "
+                "alone; restore with the pretrained model and critic that wrote it"
+            )
+        with torch.no_grad():
+            for name, tensor in known.items():
+                tensor.copy_(weights[name])
+        self.num_loads += 1
+
+    def _untied(self) -> dict[str, torch.Tensor]:
+        """State dict without the second name of a tied weight, which would be sent twice."""
+        seen: set[tuple[int, torch.Size]] = set()
+        kept: dict[str, torch.Tensor] = {}
+        for name, tensor in self.state_dict().items():
+            identity = (tensor.data_ptr(), tensor.shape)
+            if identity not in seen or tensor.numel() == 0:
+                kept[name] = tensor
+            seen.add(identity)
+        return kept
+
+
+def _build(given: dict[str, Any]) -> CausalLMPolicy:
+    pretrained, critic, device, dtype = (given[k] for k in ("pretrained", "critic", "device", "dtype"))
+    options = {"sampling": given["sampling"], "device": device, "dtype": dtype, "packing": given["packing"]}
+    if not given["empty"]:
+        return CausalLMPolicy(pretrained, critic=critic, **options)
+    if isinstance(critic, (str, ModelSpec)) and critic != "head":
+        critic = empty_reward_model(critic, device, dtype=dtype)
+    lm = empty_causal_lm(pretrained, device, dtype=dtype)
+    return CausalLMPolicy(lm, load_tokenizer(pretrained), critic=critic, trainable=False, **options)
