@@ -199,17 +199,17 @@ def _check_rows(
 
     wide = td.clone()
     padded: tuple[Key, ...] = (batch.PROMPT, batch.PROMPT_MASK)
-    for key in padded:
-        wide.set(key, torch.cat((torch.zeros_like(td[key][:, :1]), td[key]), 1))
+    for part in padded:
+        wide.set(part, torch.cat((torch.zeros_like(td[part][:, :1]), td[part]), 1))
     padded = (batch.RESPONSE, batch.RESPONSE_MASK, batch.LOG_PROBS, batch.VALUES)
-    for key in padded:
-        if td.get(key, None) is not None:
-            wide.set(key, torch.cat((td[key], torch.zeros_like(td[key][:, :2])), 1))
+    for part in padded:
+        if td.get(part, None) is not None:
+            wide.set(part, torch.cat((td[part], torch.zeros_like(td[part][:, :2])), 1))
     widened = step(wide)
     padded = (batch.TOKEN_REWARD, batch.REF_LOG_PROBS)
-    for key in padded:
-        if widened.get(key, None) is not None:
-            widened.set(key, widened[key][:, :-2])
+    for part in padded:
+        if widened.get(part, None) is not None:
+            widened.set(part, widened[part][:, :-2])
     _same(out["next"], widened["next"], "the width of the padding must change nothing", tolerance)
 
 
