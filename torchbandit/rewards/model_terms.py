@@ -18,7 +18,6 @@ from torchbandit.rewards.term import Clip, Normalize, RewardTerm
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from torchbandit.prompts import PromptSet
     from torchbandit.scoring import Plan
 
 
@@ -50,7 +49,7 @@ class RewardModel(RewardTerm):
         normalize: Normalize = None,
         missing_eos_penalty: float | None = None,
     ) -> None:
-        super().__init__(self.score, name, weight, clip, normalize, missing_eos_penalty)
+        super().__init__(RewardModel.score, name, weight, clip, normalize, missing_eos_penalty)
         self.sources: list[ModelLike] = list(model) if isinstance(model, (list, tuple)) else [model]  # type: ignore[list-item]
         if not self.sources:
             raise ValueError(f'reward term "{name}": model must name at least one model, got an empty list')
@@ -60,7 +59,7 @@ class RewardModel(RewardTerm):
         self._device: torch.device | None = None
         self._models: list[PreTrainedModel] = []
 
-    def bind(self, device: torch.device, tokenizer: Any, prompts: PromptSet | None) -> None:
+    def bind(self, device: torch.device, tokenizer: Any) -> None:
         for source in self.sources:
             _check_tokenizer(tokenizer, source, f'reward term "{self.name}"')
         self._device = self._device or device
@@ -71,7 +70,7 @@ class RewardModel(RewardTerm):
         Raises:
             ValueError: a tokenizer differs, or a model is no classifier with exactly one label.
         """
-        self.bind(torch.device(device), tokenizer, None)
+        self.bind(torch.device(device), tokenizer)
         if not self._models:
             self._models = [load_reward_model(source, torch.device(device)) for source in self.sources]
 
@@ -135,7 +134,7 @@ class KLPenalty(RewardTerm):
         horizon: float = 10_000,
         name: str = "kl",
     ) -> None:
-        super().__init__(self.log_probs, name, weight=-coef)
+        super().__init__(KLPenalty.log_probs, name, weight=-coef)
         if not coef >= 0:
             raise ValueError(f'reward term "{name}": coef must be >= 0, got {coef!r}')
         if estimator not in ("k1", "k2", "k3"):
@@ -150,7 +149,7 @@ class KLPenalty(RewardTerm):
         self._device: torch.device | None = None
         self._model: PreTrainedModel | None = None
 
-    def bind(self, device: torch.device, tokenizer: Any, prompts: PromptSet | None) -> None:
+    def bind(self, device: torch.device, tokenizer: Any) -> None:
         _check_tokenizer(tokenizer, self.source, f'reward term "{self.name}" (the reference)')
         self._device = self._device or device
 
@@ -160,7 +159,7 @@ class KLPenalty(RewardTerm):
         Raises:
             ValueError: the tokenizer differs.
         """
-        self.bind(torch.device(device), tokenizer, None)
+        self.bind(torch.device(device), tokenizer)
         if self._model is None:
             self._model = load_causal_lm(self.source, torch.device(device))
 

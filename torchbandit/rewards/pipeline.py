@@ -28,6 +28,7 @@ from torchbandit.batch import (
     require,
 )
 from torchbandit.responses import has_stopped, is_contiguous, is_left_padded, last_token
+from torchbandit.rewards.host import HostReward
 from torchbandit.rewards.model_terms import KLPenalty
 from torchbandit.rewards.normalize import AdaptiveCoefficient, RunningNormalizer
 from torchbandit.rewards.term import RewardTerm, TermFn, as_term
@@ -71,11 +72,11 @@ class RewardPipeline:
         if sum(isinstance(term, KLPenalty) for term in self.terms) > 1:
             raise ValueError('reward: at most one KLPenalty fits, since ("next","ref_log_probs") holds one reference')
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors report it
-        self.tokenizer = tokenizer
+        self.tokenizer, self.prompts = tokenizer, prompts
         self._tokenizer_size = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
         self._reduce: Reduce | None = None
         for term in self.terms:
-            term.bind(self.device, tokenizer, prompts)
+            term.bind(self.device, tokenizer)
         self._normalizers = {t.name: RunningNormalizer(self.device) for t in self.terms if t.normalize == "running"}
         self._coefficients = {
             t.name: AdaptiveCoefficient(t.coef, t.target, t.horizon, self.device)
@@ -104,7 +105,7 @@ class RewardPipeline:
         raw: dict[str, Tensor] = {}
         try:
             for term in self.terms:
-                term.start(td)
+                term.start(td, self.prompts)
             plan = plan_fn() if plan_fn is not None and any(term.uses_models for term in self.terms) else None
             for term in sorted(self.terms, key=lambda term: term.on_host):  # a stable sort: host terms come last
                 raw[term.name] = self._validated(term, term.evaluate(td, plan, out), td)
@@ -224,6 +225,10 @@ class RewardPipeline:
                 adaptive = self._coefficients.get(term.name)
                 return term.coef if adaptive is None else adaptive.value
         return None
+
+    def host_failures(self) -> dict[str, dict[str, int]]:
+        """Rows without a value so far, by host term and reason: "timeout", an exception's name, "none", ..."""
+        return {term.name: dict(term.failures) for term in self.terms if isinstance(term, HostReward)}
 
     def models(self) -> list[nn.Module]:
         """The modules that the terms have loaded so far."""

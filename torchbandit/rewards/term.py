@@ -54,7 +54,7 @@ class RewardTerm:
 
     def __init__(
         self,
-        fn: TermFn,
+        fn: Callable[..., Any],
         name: str | None = None,
         weight: float = 1.0,
         clip: Clip = None,
@@ -64,7 +64,7 @@ class RewardTerm:
         if not callable(fn):
             raise ValueError(f"reward: a term must be a callable td -> Tensor [B] or a RewardTerm, got {fn!r}")
         self.fn = fn
-        self.name = _name_of(fn) if name is None else name
+        self.name = name_of(fn) if name is None else name
         if not self.name or not isinstance(self.name, str):
             raise ValueError(f"name: must be a non-empty string, got {self.name!r}")
         self.weight = float(weight)
@@ -81,18 +81,19 @@ class RewardTerm:
             )
         self.missing_eos_penalty = missing_eos_penalty
 
-    def bind(self, device: torch.device, tokenizer: Any, prompts: PromptSet | None) -> None:
-        """Told once, by the pipeline, where it runs; checks what can be checked before the first step."""
+    def bind(self, device: torch.device, tokenizer: Any) -> None:
+        """Told by a pipeline where it runs; checks what can be checked before the first step."""
 
     def load(self, device: torch.device | str, tokenizer: Any = None) -> None:
         """Load what is named by path, if that was not done yet."""
 
-    def start(self, td: TensorDictBase) -> None:
+    def start(self, td: TensorDictBase, prompts: PromptSet | None) -> None:
         """Called before any term is evaluated: work beside the device begins here."""
 
     def evaluate(self, td: TensorDictBase, plan: Plan | None, out: TensorDict) -> Tensor:
         """The raw values, [B] or [B, T]; a term may write further keys of `next` into `out`."""
-        return self.fn(td)
+        value: Tensor = self.fn(td)
+        return value
 
     def cancel(self) -> None:
         """Another term failed: what `start` set off is not wanted any more."""
@@ -128,7 +129,7 @@ def as_term(term: RewardTerm | TermFn) -> RewardTerm:
     return term if isinstance(term, RewardTerm) else RewardTerm(term)
 
 
-def _name_of(fn: Any) -> str:
+def name_of(fn: Any) -> str:
     inner = getattr(fn, "func", fn)  # functools.partial
     name = getattr(inner, "__name__", None) or type(inner).__name__
     return "reward" if name == "<lambda>" else str(name)
