@@ -141,7 +141,8 @@ def test_group_advantages_use_the_siblings_that_count(kind: str, case: str) -> N
 
 @pytest.mark.parametrize("kind", ADVANTAGES)
 def test_equal_rewards_give_exactly_zero_and_leave_the_other_groups_alone(kind: str) -> None:
-    reward = torch.cat((torch.full((3,), 0.1), torch.tensor([0.1, 0.4, 0.7])))  # the mean of three 0.1 rounds off 0.1
+    reward = torch.tensor([0.9, 0.9, 0.9, 0.1, 0.4, 0.7])
+    assert reward[:3].sum() / 3 != reward[0], "the mean must be off by a rounding"
     got = ADVANTAGES[kind](reward, 3)
     assert torch.equal(got[:3], torch.zeros(3))
     assert float(got[5]) > 0.2
@@ -184,8 +185,11 @@ def test_trap_10_kl_is_never_negative_and_padding_does_not_count() -> None:
     steps = torch.cat((tiny, -tiny, torch.zeros(1)))[None]
     naive = torch.exp(-steps) - 1 + steps
     assert float(naive.min()) < 0, "the inputs must provoke what is guarded against"
-    k3 = L.kl_estimate(steps - 20.0 + 20.0, torch.zeros_like(steps), "k3")
-    assert float(k3.min()) >= 0 and float(L.kl_estimate(-3 - steps, torch.full_like(steps, -3.0), "k3").min()) >= 0
+    k3 = L.kl_estimate(steps, torch.zeros_like(steps), "k3")
+    assert float(k3.min()) >= 0
+    exact = steps.double().square() / 2 - steps.double() ** 3 / 6  # the series: what is left of it is below d^4
+    small = (steps.abs() > 1e-3) & (steps.abs() < 1e-2)
+    assert_close(k3.double()[small], exact[small], rtol=1e-3, atol=0)
     f = Fake()
     log_probs = torch.where(f.mask, f.log_probs, -9.0)  # what a model says about padding: k1 far below 0
     for name in ("k1", "k2", "k3"):
@@ -245,7 +249,7 @@ def test_importance_weights_survive_an_overflowing_ratio() -> None:
 @pytest.mark.parametrize(("clip", "high"), [(0.2, None), (0.2, 0.28), (1.5, 0.1)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_ppo_is_the_clipped_surrogate(clip: float, high: float | None, weighted: bool) -> None:
-    f = Fake()
+    f = Fake(spread=0.8)
     f.log_probs.requires_grad_()
     loss, metrics = L.ppo_loss(
         f.log_probs, f.old, f.advantages, f.mask, clip=clip, clip_high=high, weights=f.weights if weighted else None
@@ -372,13 +376,13 @@ def test_ptx_and_entropy_are_weighted_means() -> None:
     f = Fake()
     summed = torch.tensor(30.0, requires_grad=True)
     loss, metrics = L.ptx_loss(summed, torch.tensor(12), 0.5)
-    assert_close(float(loss), 0.5 * 30.0 / 12)
+    assert_close(float(loss.detach()), 0.5 * 30.0 / 12)
     assert_close(float(gradient(loss, summed)), 0.5 / 12)
     assert_close(float(metrics["ptx"]), 30.0 / 12)
     f.entropy.requires_grad_()
     loss, metrics = L.entropy_bonus(f.entropy, f.mask, 0.01)
-    mean = sum(float(f.entropy[b, t]) for b, t in tokens(f.mask)) / len(tokens(f.mask))
-    assert_close(float(loss), -0.01 * mean)
+    mean = sum(float(f.entropy[b, t].detach()) for b, t in tokens(f.mask)) / len(tokens(f.mask))
+    assert_close(float(loss.detach()), -0.01 * mean)
     assert_close(float(metrics["entropy"]), mean)
     assert_close(gradient(loss, f.entropy), -0.01 * f.mask.double() / f.mask.sum())
 
@@ -392,7 +396,7 @@ def _cut(f: Fake, part: slice) -> dict[str, Tensor]:
     return {name: x[part] for name, x in vars(f).items()}
 
 
-def _run(loss: str) -> Run:
+def run_of(loss: str) -> Run:
     def run(f: Fake, part: slice, denominator: Any) -> tuple[Tensor, dict[str, Tensor]]:
         x = _cut(f, part)
         common = {"weights": x["weights"], "denominator": denominator}
@@ -427,13 +431,13 @@ def _count(loss: str, mask: Tensor) -> Tensor:
 
 
 @every_loss
-@pytest.mark.parametrize("size", [1, 5, B])
+@pytest.mark.parametrize("size", [1, 5])
 def test_microbatches_with_one_denominator_add_up(loss: str, size: int) -> None:
     f = Fake(spread=0.2)
     f.log_probs.requires_grad_()
-    whole, metrics = _run(loss)(f, slice(None), None)
+    whole, metrics = run_of(loss)(f, slice(None), None)
     want = gradient(whole, f.log_probs)
-    parts = [_run(loss)(f, slice(i, i + size), _count(loss, f.mask)) for i in range(0, B, size)]
+    parts = [run_of(loss)(f, slice(i, i + size), _count(loss, f.mask)) for i in range(0, B, size)]
     total = torch.stack([part for part, _ in parts]).sum()
     assert_close(total, whole, rtol=1e-13, atol=1e-15)
     assert_close(gradient(total, f.log_probs), want, rtol=1e-13, atol=1e-15)
@@ -453,8 +457,8 @@ def test_nan_outside_the_mask_reaches_neither_loss_nor_gradient(loss: str) -> No
             x[gone if x.dim() == 1 else ~dirty.mask] = NAN if name != "ref" else -math.inf
     for f in (clean, dirty):
         f.log_probs.requires_grad_()
-    want, want_metrics = _run(loss)(clean, slice(None), None)
-    got, metrics = _run(loss)(dirty, slice(None), None)
+    want, want_metrics = run_of(loss)(clean, slice(None), None)
+    got, metrics = run_of(loss)(dirty, slice(None), None)
     assert_close(got, want)
     assert_close(metrics, want_metrics)
     slope = gradient(got, dirty.log_probs)
@@ -468,17 +472,17 @@ def test_a_batch_with_nothing_to_learn_from_gives_zero(loss: str, denominator: i
     f = Fake()
     f.mask[:] = False
     f.log_probs.requires_grad_()
-    got, metrics = _run(loss)(f, slice(None), None if denominator is None else torch.tensor(denominator))
-    assert float(got) == 0 and all(float(m) == 0 for m in metrics.values())
+    got, metrics = run_of(loss)(f, slice(None), None if denominator is None else torch.tensor(denominator))
+    assert float(got.detach()) == 0 and all(float(m) == 0 for m in metrics.values())
     assert torch.equal(gradient(got, f.log_probs), torch.zeros(B, T, dtype=torch.float64))
 
 
 @every_loss
 def test_float32_agrees_with_float64(loss: str) -> None:
     exact, single = Fake(spread=0.2), Fake(spread=0.2, dtype=torch.float32)
-    got, _ = _run(loss)(single, slice(None), None)
+    got, _ = run_of(loss)(single, slice(None), None)
     assert got.dtype == torch.float32
-    assert_close(got.double(), _run(loss)(exact, slice(None), None)[0], rtol=1e-5, atol=1e-6)
+    assert_close(got.double(), run_of(loss)(exact, slice(None), None)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_nan_in_an_unscorable_row_stays_out_of_gae_advantages_and_weights() -> None:
@@ -505,7 +509,7 @@ class NoHostCopy(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _everything(f: Fake, count: Tensor) -> None:
+def run_everything(f: Fake, count: Tensor) -> None:
     L.gae(f.token_reward, f.values, f.mask)
     for kind in ADVANTAGES.values():
         kind(f.reward, G)
@@ -518,7 +522,7 @@ def _everything(f: Fake, count: Tensor) -> None:
         L.importance_weights(f.log_probs, f.old, f.mask, per=per)  # type: ignore[arg-type]
     for loss in PER_TOKEN + PER_ROW:
         for denominator in (None, count):
-            gradient(_run(loss)(f, slice(None), denominator)[0], f.log_probs)
+            gradient(run_of(loss)(f, slice(None), denominator)[0], f.log_probs)
     L.ptx_loss(f.log_probs.sum(), count, 0.1)
 
 
@@ -526,7 +530,7 @@ def test_no_function_makes_the_host_wait() -> None:
     f = Fake()
     f.log_probs.requires_grad_()
     with NoHostCopy():
-        _everything(f, f.mask.sum())
+        run_everything(f, f.mask.sum())
     with NoHostCopy(), pytest.raises(AssertionError, match="waits"):
         f.mask.sum().item()
     with NoHostCopy(), pytest.raises(AssertionError, match="waits"):
@@ -539,7 +543,7 @@ def test_every_function_runs_without_values() -> None:
     for name, x in vars(f).items():
         setattr(f, name, x.to("meta"))
     f.log_probs.requires_grad_()
-    _everything(f, f.mask.sum())
+    run_everything(f, f.mask.sum())
 
 
 # ---------------------------------------------------------------------------------------------- bad input
