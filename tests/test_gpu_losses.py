@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import test_losses as cpu
 import torch
 from torch.testing import assert_close
-
-import test_losses as cpu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
