@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchbandit.prompts.read import Columns, Records, read_dataset, read_jsonl, split_columns
 from torchbandit.prompts.table import make_table
-from torchbandit.prompts.tokenise import Where, tokenise
+from torchbandit.prompts.tokenise import Where, as_tensor, tokenise
 from torchbandit.responses import is_contiguous, is_left_padded
 
 if TYPE_CHECKING:
@@ -159,8 +159,7 @@ class PromptSet:
         if isinstance(tokens, tuple) and len(tokens) == 2 and isinstance(tokens[0], Tensor):
             flat, lengths = _unpad(*tokens)
         else:
-            rows = [list(row) for row in tokens]
-            flat, lengths = _flatten(rows)
+            flat, lengths = _flatten([list(row) for row in tokens])
         return cls(flat, lengths, tokenizer, columns=columns, where=lambda i: f"tokens[{i}]")
 
     @classmethod
@@ -173,10 +172,9 @@ class PromptSet:
         columns: Columns | None = None,
     ) -> PromptSet:
         made = tokenise(records.prompts, tokenizer, max_length=max_length, chat=chat, where=records.where)
-        flat, lengths = _flatten(made.rows)
         return cls(
-            flat,
-            lengths,
+            made.flat,
+            made.lengths,
             tokenizer,
             columns=records.columns if columns is None else columns,
             texts=made.texts,
@@ -275,7 +273,7 @@ def _flatten(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     except (TypeError, OverflowError) as error:
         odd = next(i for i, row in enumerate(rows) if any(type(t) is not int or not -(2**63) <= t < 2**63 for t in row))
         raise ValueError(f"tokens[{odd}]: token ids must be ints of the vocabulary, got {rows[odd][:8]}") from error
-    return torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64), lengths
+    return as_tensor(flat), lengths
 
 
 def _unpad(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,5 +294,9 @@ def _unpad(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _checksum(values: Tensor) -> int:
     """A checksum that tells order: int64 arithmetic wraps around, alike everywhere."""
-    weight = torch.arange(1, values.numel() + 1) * 0x9E3779B97F4A7C1
-    return int(((values + 1) * (weight ^ (weight >> 29))).sum())
+    total, block = 0, 1 << 16  # block by block, so that no second table is in memory
+    for first in range(0, values.numel(), block):
+        part = values[first : first + block]
+        weight = torch.arange(first + 1, first + 1 + part.numel()) * 0x9E3779B97F4A7C1
+        total += int(((part + 1) * (weight ^ (weight >> 29))).sum())
+    return total & 0x7FFFFFFFFFFFFFFF

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +21,8 @@ CHUNK = 16_384
 
 
 class Tokenised(NamedTuple):
-    rows: list[list[int]]
+    flat: Tensor  # [sum of lengths] int64 on the CPU, prompt after prompt
+    lengths: Tensor  # [N] int64 on the CPU
     texts: list[str]  # what the policy reads: rendered, cut
     num_cut: int
 
@@ -50,11 +55,11 @@ def tokenise(
     prefix = _prefix(tokenizer, texts)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
-    rows: list[list[int]] = []
+    flat, lengths = array("q"), array("q")  # lists of 20 million ints would cost 0.7 GB
     longest = num_cut = 0
     for first in range(0, len(texts), CHUNK):
         for ids in _bare(tokenizer, texts[first : first + CHUNK]):
-            i = len(rows)
+            i = len(lengths)
             if not is_chat[i] and ids[: len(prefix)] != prefix:
                 ids = prefix + ids
             if not ids:
@@ -64,14 +69,20 @@ def tokenise(
                 head = next((h for h in (prefix, bos) if h and ids[: len(h)] == h and len(h) < max_length), [])
                 tail = ids[len(ids) - (max_length - len(head)) :]
                 ids, texts[i] = head + tail, str(tokenizer.decode(tail))
-            rows.append(ids)
+            flat.extend(ids)
+            lengths.append(len(ids))
     if num_cut:
         warnings.warn(
-            f"max_length: {num_cut} of {len(rows)} prompts are longer than {max_length} tokens (the longest has "
+            f"max_length: {num_cut} of {len(lengths)} prompts are longer than {max_length} tokens (the longest has "
             f"{longest}) and were cut to their last {max_length}; raise max_length to keep them whole",
             stacklevel=4,
         )
-    return Tokenised(rows, texts, num_cut)
+    return Tokenised(as_tensor(flat), as_tensor(lengths), texts, num_cut)
+
+
+def as_tensor(ints: array[int]) -> Tensor:
+    """[n] int64 over the memory of an array of type "q"."""
+    return torch.frombuffer(ints, dtype=torch.int64) if ints else torch.empty(0, dtype=torch.int64)
 
 
 def _is_chat(prompt: Any, chat: bool, where: Where, i: int) -> bool:
