@@ -248,7 +248,7 @@ def wants_compile(model: nn.Module) -> bool:
     """What `ModelSpec.compile` said of a model; a live model that said nothing is compiled on CUDA."""
     choice = getattr(model, "torchbandit_compile", "auto")
     if choice == "auto":
-        return any(p.is_cuda for p in model.parameters())
+        return next(model.parameters()).is_cuda
     return bool(choice)
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from torchbandit.scoring import heads
 from torchbandit.scoring.forward import hidden_states, own_scores
 from torchbandit.scoring.plan import Packing, Plan, make_plan
 
@@ -89,18 +88,20 @@ def token_scores(
         value_head: hidden [..., D] -> [..., 1]; its value before each response token.
     """
     ids, plan = _checked(prompt_ids, prompt_mask, response_ids, response_mask, group_size, plan)
-    heat = _temperature(temperature, ids.device)
+    heat = _temperature(temperature, plan)
     logps, entropies, values = _Slots(plan), _Slots(plan), _Slots(plan)
     for part in hidden_states(model, ids, plan):
         pack = part.pack
         hidden = part.hidden[pack.predict]
         targets = ids.flatten()[pack.target]
-        row_heat = heat[pack.row] if isinstance(heat, Tensor) else heat
-        out = heads.of_targets(part.head, hidden, targets, row_heat, vocab_size=part.vocab_size, entropy=entropy)
-        logps.add(pack.slot, out.log_probs)
-        if out.entropy is not None:
-            entropies.add(pack.slot, out.entropy)
+        row_heat = None if heat is None else heat[pack.row]
+        logp, ent = part.head.of_targets(hidden, targets, row_heat, entropy=entropy)
+        logps.add(pack.slot, logp)
+        if ent is not None:
+            entropies.add(pack.slot, ent)
         if value_head is not None:
+            if part.head.whole:
+                raise ValueError(f"critic: {type(model).__name__} shows no hidden states to a head; name a model")
             values.add(pack.slot, _apply(value_head, hidden))
     return TokenScores(
         logps.table(), entropies.table() if entropy else None, values.table() if value_head is not None else None
@@ -216,11 +217,14 @@ def _apply(head: nn.Module, hidden: Tensor) -> Tensor:
     return head(hidden.to(weight.dtype)).squeeze(-1).float()  # type: ignore[no-any-return]
 
 
-def _temperature(temperature: float | Tensor, device: torch.device) -> float | Tensor:
+def _temperature(temperature: float | Tensor, plan: Plan) -> Tensor | None:
+    """[B] float32, or None for 1."""
     if isinstance(temperature, Tensor):
-        heat = temperature.to(device=device, dtype=torch.float32)
+        heat = temperature.to(torch.float32).expand(plan.num_rows)
         return torch.where(heat > 0, heat, torch.ones_like(heat))
-    return float(temperature) if temperature > 0 else 1.0
+    if temperature in (0, 1):
+        return None
+    return torch.full((plan.num_rows,), float(temperature), device=plan.response_mask.device)
 
 
 def _checked(

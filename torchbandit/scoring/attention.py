@@ -8,13 +8,18 @@ mask function is registered under its name makes transformers build none, and sp
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
+
+from torchbandit.scoring.packs import Segments, SharedPrompt, size_of
+from torchbandit.scoring.varlen import varlen_backward, varlen_forward
 
 NAME = "torchbandit"
 
@@ -24,9 +29,6 @@ _HARMLESS = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
     "is_causal", "past_key_values", "position_embeddings", "layer_idx", "logits_to_keep",
 }  # fmt: skip
-
-calls = 0
-"""How often attention ran; the probe reads it."""
 
 
 class UnsupportedAttention(Exception):
@@ -42,19 +44,27 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    segments: Any = None,
+    segments: Segments | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """query [lines, heads, W, D], key and value [lines, KV heads, W, D] -> [lines, W, heads, D]."""
     if attention_mask is not None or dropout or extra.get("is_causal") is False or query.shape[2] != key.shape[2]:
-        raise UnsupportedAttention("attention other than causal self-attention")
+        raise UnsupportedAttention("attention other than causal self-attention without dropout")
     for name, setting in extra.items():
         if setting is not None and name not in _HARMLESS:
-            raise UnsupportedAttention(f"an attention option, {name}")
-    return _right_padded(query, key, value, scaling, sliding_window).transpose(1, 2), None
+            raise UnsupportedAttention(f"the attention option {name}")
+    if scaling is None:
+        scaling = float(query.shape[-1] ** -0.5)
+    if segments is None:
+        return _right_padded(query, key, value, scaling, sliding_window).transpose(1, 2), None
+    flat = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    out: Tensor = _Packed.apply(  # type: ignore[no-untyped-call]
+        *flat, segments.starts, segments.longest, segments.shared, scaling, sliding_window or 0
+    )
+    return out.unsqueeze(0), None
 
 
-def _right_padded(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+def _right_padded(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
     W = query.shape[2]
     mask = None
     if window is not None and window < W:
@@ -65,18 +75,85 @@ def _right_padded(query: Tensor, key: Tensor, value: Tensor, scaling: float | No
     )
 
 
+class _Packed(torch.autograd.Function):
+    """Attention over one packed line: query [W, heads, D], key and value [W, KV heads, D] -> [W, heads, D].
+
+    With shared prompts a response token has two calls' worth of keys: its own response (causal, together with the
+    prompts' own attention) and its group's prompt. Two softmaxes over parts of the keys make the whole one, weighted
+    by their log-sum-exps. Backward needs no more than that: given the whole output and its log-sum-exp, flash
+    attention's backward over a part of the keys gives that part's share of the gradients.
+    Source: Dao et al. 2022 (FlashAttention), section 3.1 and appendix B; Liu et al. 2023 (Ring Attention).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: Tensor,
+        shared: SharedPrompt | None, scaling: float, window: int,
+    ) -> Tensor:  # fmt: skip
+        out, lse = varlen_forward(query, key, value, starts, starts, longest, longest, True, scaling, window)
+        if shared is not None:
+            p, r = size_of(shared.prompts), size_of(shared.responses)
+            far, far_lse = varlen_forward(
+                query[p : p + r], key[:p], value[:p], shared.starts_q, shared.starts_k,
+                shared.longest_q, shared.longest_k, False, scaling, 0,
+            )  # fmt: skip
+            near, near_lse = out[p : p + r], lse[:, p : p + r]
+            whole = torch.logaddexp(near_lse, far_lse)
+            weights = [(part - whole).exp().t().unsqueeze(-1) for part in (near_lse, far_lse)]
+            merged = (near * weights[0] + far * weights[1]).to(out.dtype)
+            out = torch.cat((out[:p], merged, out[p + r :]))
+            lse = torch.cat((lse[:, :p], whole, lse[:, p + r :]), 1)
+        ctx.save_for_backward(query, key, value, out, lse, starts, longest, *(shared or ()))
+        ctx.scaling, ctx.window = scaling, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, starts, longest, *rest = ctx.saved_tensors
+        dq, dk, dv = varlen_backward(
+            grad, query, key, value, out, lse, starts, starts, longest, longest, True, ctx.scaling, ctx.window
+        )
+        if rest:
+            shared = SharedPrompt(*rest)
+            p, r = size_of(shared.prompts), size_of(shared.responses)
+            far_dq, far_dk, far_dv = varlen_backward(
+                grad[p : p + r], query[p : p + r], key[:p], value[:p], out[p : p + r], lse[:, p : p + r],
+                shared.starts_q, shared.starts_k, shared.longest_q, shared.longest_k, False, ctx.scaling, 0,
+            )  # fmt: skip
+            dq = torch.cat((dq[:p], dq[p : p + r] + far_dq, dq[p + r :]))
+            dk = torch.cat((dk[:p] + far_dk, dk[p:]))
+            dv = torch.cat((dv[:p] + far_dv, dv[p:]))
+        return dq, dk, dv, None, None, None, None, None
+
+
 @contextlib.contextmanager
-def installed(model: PreTrainedModel) -> Iterator[None]:
+def installed(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
     """Run `model` with this attention inside the block, and with its own again after it."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(c, c._attn_implementation_internal) for c in configs.values()]
     for config, _ in before:
-        config._attn_implementation_internal = NAME
+        config._attn_implementation_internal = name
+    checkpointed = _checkpointed(model)
+    own_function = [m._gradient_checkpointing_func for m in checkpointed]
+    for module in checkpointed:
+        # A layer is computed again in backward, long after this block: the attention must come along.
+        module._gradient_checkpointing_func = functools.partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), installed(model, name))
+        )
     try:
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+        for module, function in zip(checkpointed, own_function, strict=True):
+            module._gradient_checkpointing_func = function
+        for config, own in before:
+            config._attn_implementation_internal = own
+
+
+def _checkpointed(model: PreTrainedModel) -> list[Any]:
+    """Modules that will drop activations and compute them again: those asked to, in training, with gradient."""
+    if not (model.training and torch.is_grad_enabled()):
+        return []
+    return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
 
 
 AttentionInterface.register(NAME, attention)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from torchbandit.scoring import attention
-from torchbandit.scoring.heads import Head, lm_head
-from torchbandit.scoring.plan import Pack, Plan
+from torchbandit.scoring import attention, compiled
+from torchbandit.scoring.heads import Head
+from torchbandit.scoring.packs import Pack
+from torchbandit.scoring.plan import Plan
+from torchbandit.scoring.routes import Route, route_of
 
 
 class Hidden(NamedTuple):
-    """Hidden states of one pack: [lines * W, D], before the head."""
+    """Hidden states of one pack: [lines * W, D], before the head (or logits, where the head says `whole`)."""
 
     pack: Pack
     hidden: Tensor
     head: Head
-    vocab_size: int
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor, plan: Plan) -> Iterator[Hidden]:
@@ -29,22 +29,36 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, plan: Plan) -> Iterator[H
     Args:
         ids: [B, S] int64, prompt and response side by side.
     """
-    head = lm_head(model) if model.get_output_embeddings() is not None else _no_head
+    route = route_of(model)
+    head = Head(model, route.whole)
+    body = model if route.whole else model.base_model
     flat = ids.flatten()
-    for pack in plan.padded():
-        with attention.installed(model):
-            out = model.base_model(input_ids=flat[pack.source], position_ids=pack.positions, use_cache=False)
-        yield Hidden(pack, out.last_hidden_state.flatten(0, 1), head, int(model.config.get_text_config().vocab_size))
+    for pack in _packs(plan, route):
+        inputs: dict[str, Any] = {"input_ids": flat[pack.source], "use_cache": False}
+        if route.ours:
+            inputs["position_ids"] = pack.positions
+            if pack.segments is not None:
+                inputs["segments"] = pack.segments
+            with attention.installed(model), compiled.layers(model):
+                out = body(**inputs)
+        else:
+            real = pack.positions < (plan.table.prompt + plan.table.reply)[pack.rows][:, None]
+            out = body(**inputs, attention_mask=real.long())
+        yield Hidden(pack, (out.logits if route.whole else out.last_hidden_state).flatten(0, 1), head)
+
+
+def _packs(plan: Plan, route: Route) -> list[Pack]:
+    if not (plan.packing and route.packs):
+        return plan.padded()
+    # Behind a window, how far back a shared prompt lies differs from response to response: no sharing there.
+    windowed = route.window is not None and plan.longest > route.window
+    return plan.shared() if plan.share_prompts and not windowed else plan.packed()
 
 
 def own_scores(model: PreTrainedModel, ids: Tensor, plan: Plan) -> Iterator[tuple[Pack, Tensor]]:
     """Scores of a classifier that pools by itself (an encoder): right-padded, with its own mask; [R] float32."""
     flat = ids.flatten()
     for pack in plan.padded():
-        real = pack.positions < plan.length[pack.rows][:, None]
-        out = model(input_ids=torch.where(real, flat[pack.source], 0), attention_mask=real.long())
+        real = pack.positions < (plan.table.prompt + plan.table.reply)[pack.rows][:, None]
+        out = model(input_ids=flat[pack.source], attention_mask=real.long())
         yield pack, out.logits[:, 0].float()
-
-
-def _no_head(hidden: Tensor) -> Tensor:
-    raise ValueError("model: must be a causal LM with an LM head to give log-probs; load it with AutoModelForCausalLM")

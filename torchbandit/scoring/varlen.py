@@ -1,0 +1,154 @@
+"""Variable-length attention with its log-sum-exp, forward and backward, as two ops that compilers leave whole.
+
+On CUDA in 16 bits these are torch's own flash-attention kernels; elsewhere the same mathematics in padded blocks.
+
+Axis letters: Nq, Nk tokens of queries and keys laid end to end; H heads; K key-value heads; D head size; n segments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchbandit.scoring.packs import size_of
+
+
+@torch.library.custom_op("torchbandit::varlen_forward", mutates_args=())
+def varlen_forward(
+    query: Tensor, key: Tensor, value: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor,
+    causal: bool, scale: float, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of each segment's queries to its keys.
+
+    Args:
+        query: [Nq, H, D]; key, value: [Nk, K, D]; starts_q, starts_k: [n + 1] int32.
+        longest_q, longest_k: size carriers: at least the longest segment.
+        causal: the i-th query of a segment sees its first i keys.
+        window: with causal, keys at most this many back, itself included; 0 for all.
+    Returns:
+        ([Nq, H, D], log-sum-exp [H, Nq] float32).
+    """
+    if query.shape[0] == 0 or key.shape[0] == 0:
+        return torch.zeros_like(query), torch.full((query.shape[1], query.shape[0]), -torch.inf, device=query.device)
+    if _has_kernel(query):
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            query, key, value, starts_q, starts_k, size_of(longest_q), size_of(longest_k), 0.0, causal, False,
+            scale=scale, window_size_left=window - 1 if window else -1, window_size_right=0 if causal else -1,
+        )  # fmt: skip
+        # Where a query has no key the kernel says +inf; the log of an empty sum is -inf.
+        return out, lse if causal else lse.masked_fill(lse == torch.inf, -torch.inf)
+    weights, grouped = _weights(query, key, starts_q, starts_k, longest_q, longest_k, causal, scale, window)
+    lse = torch.logsumexp(weights, -1)
+    values = _blocks(value, starts_k, size_of(longest_k), grouped)
+    out = torch.einsum("nhqk,nkhd->nqhd", (weights - _finite(lse)[..., None]).exp(), values)
+    N = query.shape[0]
+    places = _places(starts_q, size_of(longest_q), N)
+    return _flat(out, places, N).to(query.dtype), _flat(lse.transpose(1, 2), places, N).t().contiguous()
+
+
+@varlen_forward.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor,
+    causal: bool, scale: float, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    Nq, H, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((H, Nq), dtype=torch.float32)
+
+
+@torch.library.custom_op("torchbandit::varlen_backward", mutates_args=())
+def varlen_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor, causal: bool, scale: float, window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `varlen_forward`; `out` and `lse` may be those of attention over more keys than are given here.
+
+    Args:
+        grad, out: [Nq, H, D]; lse: [H, Nq] float32; the rest as above.
+    Returns:
+        gradients of query [Nq, H, D], key and value [Nk, K, D].
+    """
+    if query.shape[0] == 0 or key.shape[0] == 0:
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    if _has_kernel(query):
+        unused = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), query, key, value, out.contiguous(), lse.contiguous(), starts_q, starts_k,
+            size_of(longest_q), size_of(longest_k), 0.0, causal, unused, unused,
+            scale=scale, window_size_left=window - 1 if window else -1, window_size_right=0 if causal else -1,
+        )  # fmt: skip
+        return dq, dk, dv
+    weights, grouped = _weights(query, key, starts_q, starts_k, longest_q, longest_k, causal, scale, window)
+    Lq, Lk = size_of(longest_q), size_of(longest_k)
+    dout, whole = _blocks(grad, starts_q, Lq), _blocks(out, starts_q, Lq)
+    logsum = _blocks(lse.t(), starts_q, Lq).transpose(1, 2)
+    probs = (weights - _finite(logsum)[..., None]).exp()
+    values = _blocks(value, starts_k, Lk, grouped)
+    dvalue = torch.einsum("nhqk,nqhd->nkhd", probs, dout)
+    dprobs = torch.einsum("nqhd,nkhd->nhqk", dout, values)
+    delta = (dout * whole).sum(-1).transpose(1, 2)
+    dweights = probs * (dprobs - delta[..., None]) * scale
+    dquery = torch.einsum("nhqk,nkhd->nqhd", dweights, _blocks(key, starts_k, Lk, grouped))
+    dkey = torch.einsum("nhqk,nqhd->nkhd", dweights, _blocks(query, starts_q, Lq))
+    rows_q, rows_k = _places(starts_q, Lq, query.shape[0]), _places(starts_k, Lk, key.shape[0])
+    heads = (key.shape[1], grouped)
+    return (
+        _flat(dquery, rows_q, query.shape[0]).to(query.dtype),
+        _flat(dkey.unflatten(2, heads).sum(3), rows_k, key.shape[0]).to(key.dtype),
+        _flat(dvalue.unflatten(2, heads).sum(3), rows_k, key.shape[0]).to(value.dtype),
+    )
+
+
+@varlen_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor, causal: bool, scale: float, window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _has_kernel(query: Tensor) -> bool:
+    D = query.shape[-1]
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and D % 8 == 0 and D <= 256
+
+
+def _weights(
+    query: Tensor, key: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor,
+    causal: bool, scale: float, window: int,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """([n, H, Lq, Lk] scaled float32 scores, -inf where a key is not seen; queries a KV head)."""
+    Lq, Lk, grouped = size_of(longest_q), size_of(longest_k), query.shape[1] // key.shape[1]
+    queries, keys = _blocks(query, starts_q, Lq), _blocks(key, starts_k, Lk, grouped)
+    at_q, at_k = torch.arange(Lq, device=query.device)[:, None], torch.arange(Lk, device=query.device)
+    seen = (at_k < starts_k.diff()[:, None])[:, None, None]
+    if causal:
+        seen = seen & (at_k <= at_q)
+        if window:
+            seen = seen & (at_q - at_k < window)
+    scores = torch.einsum("nqhd,nkhd->nhqk", queries, keys) * scale
+    return scores.masked_fill(~seen, -torch.inf), grouped
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """A query that sees no key has weight 0 everywhere, not NaN."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def _places(starts: Tensor, L: int, N: int) -> Tensor:
+    """[n, L] flat position of each place of the padded blocks; N for padding."""
+    at = torch.arange(L, device=starts.device)
+    flat = starts[:-1, None] + at
+    return torch.where(at < starts.diff()[:, None], flat, N)
+
+
+def _blocks(flat: Tensor, starts: Tensor, L: int, repeat: int = 1) -> Tensor:
+    """[N, heads, ...] -> [n, L, heads * repeat, ...] float32, padded with 0."""
+    padded = torch.cat((flat.float(), flat.new_zeros((1, *flat.shape[1:]), dtype=torch.float32)))
+    out = padded[_places(starts, L, flat.shape[0])]
+    return out if repeat == 1 else out.repeat_interleave(repeat, 2)
+
+
+def _flat(blocks: Tensor, places: Tensor, N: int) -> Tensor:
+    """[n, L, ...] -> [N, ...]; what no segment covers is 0."""
+    out = blocks.new_zeros((N + 1, *blocks.shape[2:]))
+    out[places.flatten()] = blocks.flatten(0, 1)
+    return out[:N]
