@@ -40,6 +40,17 @@ def unflatten(rows: Rows) -> TensorDict:
     return td
 
 
+def to_array(x: Tensor) -> Any:
+    """A column for the object store: a numpy array where numpy has the dtype, else the tensor."""
+    cpu = x.detach().cpu()
+    return cpu if x.dtype.itemsize < 4 and x.is_floating_point() else cpu.numpy()
+
+
+def to_tensor(x: Any, device: torch.device | str = "cpu") -> Tensor:
+    """The inverse of `to_array`; shared memory is read-only, so an array is copied."""
+    return x.to(device) if isinstance(x, Tensor) else torch.tensor(x, device=device)
+
+
 def pack(tree: Any) -> Any:
     """Every tensor inside dicts, lists and tuples as `Bits`; everything else as it is."""
     if isinstance(tree, Tensor):

@@ -1,0 +1,271 @@
+"""BanditPPO: RLlib's PPO loop on whole batches - sample, learn, broadcast, and bring back what has died."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.rllib.algorithms.ppo import PPO
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from ray.rllib.utils import metrics as names
+
+from torchbandit.rllib.env_runner import PLACE, BanditEnvRunner
+from torchbandit.rllib.wire import to_array, to_tensor
+
+logger = logging.getLogger(__name__)
+PLACES = "runner_places"
+
+
+class BanditPPO(PPO):
+    """PPO-ptx on a bandit; built by `BanditPPOConfig`. Works as any RLlib Algorithm and in `tune.Tuner`."""
+
+    @classmethod
+    def get_default_config(cls) -> Any:
+        """A fresh `BanditPPOConfig`."""
+        from torchbandit.rllib.config import BanditPPOConfig
+
+        return BanditPPOConfig()
+
+    def setup(self, config: Any) -> None:
+        """Build runners and learners, then check that their sizes go together, before anything is trained.
+
+        Raises:
+            ValueError: a runner could not be built (which, on what node, and why), or rows do not divide.
+        """
+        super().setup(config)
+        self._places: dict[int, dict[str, Any]] = {}
+        reports = self._reports(self.env_runner_group)
+        for group in (self.env_runner_group, self.eval_env_runner_group):
+            runner = None if group is None else group.local_env_runner
+            if runner is not None and self.config.num_learners == 0:
+                runner.share_module(self.learner_group._learner.module[DEFAULT_MODULE_ID].unwrapped())
+        if self.eval_env_runner_group is not None:
+            self._reports(self.eval_env_runner_group)
+        self._check_rows(reports)
+        self._places = {r["worker"]: r[PLACE] for r in reports if r["worker"]}
+
+    def _reports(self, group: Any) -> list[dict[str, Any]]:
+        reports = group.foreach_env_runner(lambda runner: runner.report())
+        for report in reports:
+            if report["problem"] is not None:
+                raise ValueError(f"env runner {report['worker']} on node {report['node']}: {report['problem']}")
+        if not reports:
+            raise ValueError("env runners: none of them answers; see the actors' logs above for the reason")
+        return list(reports)
+
+    def _check_rows(self, reports: list[dict[str, Any]]) -> None:
+        """Rows must divide over runners, learners and minibatches; a ragged share would hang DDP."""
+        config, runners, learners = self.config, len(reports), max(1, self.config.num_learners)
+        sizes = {(r["rows"], r["group_size"], r["prompt_width"]) for r in reports}
+        if len(sizes) > 1:
+            raise ValueError(
+                "bandit(env_fn=…): must return envs of one num_prompts, group_size and prompt width on every runner, "
+                f"got (rows, group_size, width) of {sorted(sizes)}; build the same PromptSet everywhere, RLlib shards it"
+            )
+        ((self._rows, self._group_size, _),) = sizes
+        round_of_all = self._rows * runners
+        self._total_rows = config.total_train_batch_size or round_of_all
+        told = f"{runners} runner(s) x {self._rows} rows a batch"
+        if self._total_rows % round_of_all:
+            fitting = -(-self._total_rows // round_of_all) * round_of_all
+            raise ValueError(
+                f"train_batch_size_per_learner: x {learners} learner(s) must be a multiple of {told} = {round_of_all}, "
+                f"got {self._total_rows}; use {fitting} in all, or leave it out"
+            )
+        if self._total_rows % (learners * self._group_size):
+            raise ValueError(
+                f"num_learners: must divide the {self._total_rows // self._group_size} groups of a batch ({told}), got "
+                f"{learners}; change num_prompts or the number of learners"
+            )
+        share = self._total_rows // learners
+        if config.minibatch_size and share % config.minibatch_size:
+            raise ValueError(
+                f"minibatch_size: must divide the {share} rows of a learner ({self._total_rows} rows over {learners} "
+                f"learner(s)), got {config.minibatch_size}"
+            )
+
+    # --- one iteration ---------------------------------------------------------------------------------------------
+
+    def training_step(self) -> None:
+        """Sample, learn, and send the new weights to every runner that has a module of its own."""
+        with self.metrics.log_time((names.TIMERS, names.ENV_RUNNER_SAMPLING_TIMER)):
+            batch = self._sample()
+        with self.metrics.log_time((names.TIMERS, names.LEARNER_UPDATE_TIMER)):
+            seen = self.metrics.peek((names.ENV_RUNNER_RESULTS, names.NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
+            results = self.learner_group.update(
+                batch=batch,
+                timesteps={names.NUM_ENV_STEPS_SAMPLED_LIFETIME: seen},
+                num_epochs=self.config.num_epochs,
+                minibatch_size=self.config.minibatch_size,
+                shuffle_batch_per_epoch=self.config.shuffle_batch_per_epoch,
+                group_size=self._group_size,
+            )
+            self.metrics.aggregate(results, key=names.LEARNER_RESULTS)
+        if not self._local:
+            with self.metrics.log_time((names.TIMERS, names.SYNCH_WORKER_WEIGHTS_TIMER)):
+                self.env_runner_group.sync_weights(
+                    from_worker_or_learner_group=self.learner_group, inference_only=True
+                )
+
+    @property
+    def _local(self) -> bool:
+        """Everything in this process, one module for generating and learning."""
+        return self.env_runner_group.num_remote_env_runners() == 0 and self.config.num_learners == 0
+
+    def _sample(self) -> MultiAgentBatch:
+        runner = self.env_runner_group.local_env_runner
+        if self.env_runner_group.num_remote_env_runners() == 0:
+            batch = runner.sample(num_timesteps=self._total_rows)[0]
+            self.metrics.aggregate([runner.get_metrics()], key=names.ENV_RUNNER_RESULTS)
+            answers = [runner._health()]
+            rows = dict(batch.policy_batches[DEFAULT_MODULE_ID])
+        else:
+            answers = self._sample_remotely()
+            self.metrics.aggregate([a["metrics"] for a in answers], key=names.ENV_RUNNER_RESULTS)
+            columns = answers[0]["rows"].keys()
+            rows = {key: torch.cat([to_tensor(a["rows"][key]) for a in answers]) for key in columns}
+        unscorable = sum(a["unscorable"] for a in answers) / len(answers)
+        if unscorable > 0.5:
+            why = "; ".join(sorted({a["why_unscorable"] for a in answers if a["why_unscorable"]}))
+            raise ValueError(
+                f"iteration {self.iteration + 1}: {unscorable:.0%} of the batch has no honest score, more than half; {why}"
+            )
+        if self.config.num_learners > 0:
+            rows = {key: to_array(value) for key, value in rows.items()}
+        return MultiAgentBatch({DEFAULT_MODULE_ID: SampleBatch(rows)}, env_steps=self._total_rows)
+
+    def _sample_remotely(self) -> list[dict[str, Any]]:
+        """Ask healthy runners for whole batches until there are enough; one that fails or dies is left out and named."""
+        group = self.env_runner_group
+        missing, failed = self._total_rows // self._rows, dict[int, str]()
+        answers: list[dict[str, Any]] = []
+        while missing > len(answers):
+            able = [i for i in group.healthy_env_runner_ids() if i not in failed]
+            if not able and not self._bring_back(failed):
+                told = "; ".join(f"env runner {i}: {why}" for i, why in sorted(failed.items())) or "all have died"
+                raise RuntimeError(f"iteration {self.iteration + 1}: no env runner can sample any more: {told}")
+            asked = able[: missing - len(answers)]
+            if not asked:
+                continue
+            got = group.foreach_env_runner(
+                BanditEnvRunner.sample_for_driver,
+                remote_worker_ids=asked,
+                local_env_runner=False,
+                timeout_seconds=self.config.sample_timeout_s,
+            )
+            for answer in got:
+                worker = answer["worker"]
+                if "problem" in answer:
+                    failed[worker] = f"on node {answer['node']}: {answer['problem']}"
+                    logger.warning("env runner %d could not sample %s; the others go on", worker, failed[worker])
+                else:
+                    self._places[worker] = answer[PLACE]
+                    answers.append(answer)
+            for worker in set(asked) - {answer["worker"] for answer in got}:
+                failed[worker] = "died, or gave no answer in time"
+                logger.warning("env runner %d %s; the others go on", worker, failed[worker])
+        self.metrics.log_value("num_failed_samples", len(failed), reduce="sum")
+        return sorted(answers, key=lambda answer: int(answer["worker"]))
+
+    def _bring_back(self, failed: dict[int, str]) -> bool:
+        """With no runner left: wait for one that Ray starts again. True if one has come."""
+        deadline = time.monotonic() + min(self.config.env_runner_restore_timeout_s, 300.0)
+        dead = set(self.env_runner_group._worker_manager.actor_ids()) - set(
+            self.env_runner_group.healthy_env_runner_ids()
+        )
+        while dead and time.monotonic() < deadline:
+            restored = self.restore_env_runners(self.env_runner_group)
+            if restored:
+                for worker in restored:
+                    failed.pop(worker, None)
+                return True
+            time.sleep(0.5)
+        return False
+
+    def restore_env_runners(self, env_runner_group: Any) -> list[int]:
+        """Give runners that Ray has started again the learner's weights and, in training, their own place."""
+        restored: list[int] = list(env_runner_group.probe_unhealthy_env_runners() or [])
+        if restored:
+            self._counters["total_num_restored_workers"] += len(restored)
+            training = env_runner_group is self.env_runner_group
+            self._send_weights(env_runner_group, restored)
+            if training:
+                self._send_places(restored)
+            logger.warning("env runner(s) %s are back, with the learner's weights", restored)
+        return restored
+
+    def _send_weights(self, group: Any, workers: list[int] | None = None) -> None:
+        """As RLlib's broadcast, but waited for: one that is still under way would have this one dropped."""
+        state = self.learner_group.get_state(
+            components=COMPONENT_LEARNER + "/" + COMPONENT_RL_MODULE, inference_only=True
+        )[COMPONENT_LEARNER]
+        state = {key: state[key] for key in (COMPONENT_RL_MODULE, names.WEIGHTS_SEQ_NO)}
+        if group.local_env_runner is not None:
+            group.local_env_runner.set_state(state)
+        if group.num_remote_env_runners():
+            sent = ray.put(state)
+            group.foreach_env_runner(
+                lambda runner: runner.set_state(ray.get(sent)), remote_worker_ids=workers, local_env_runner=False
+            )
+
+    def _send_places(self, workers: list[int] | None = None) -> None:
+        places = self._places
+        first = next(iter(places.values()), None)
+
+        def take(runner: BanditEnvRunner) -> None:
+            own = places.get(runner.worker_index)
+            if own is not None or first is not None:
+                runner.go_to(own or first, generator=own is not None)
+
+        self.env_runner_group.foreach_env_runner(take, remote_worker_ids=workers, local_env_runner=False)
+
+    # --- evaluation and checkpoints ----------------------------------------------------------------------------------
+
+    def evaluate(self, parallel_train_future: Any = None) -> Any:
+        """RLlib's `evaluate()`; on the training env it leaves training's place in the prompts as it was."""
+        runner = self.env_runner_group.local_env_runner
+        if self.eval_env_runner_group is not None:
+            return super().evaluate(parallel_train_future)
+        if runner is None:
+            raise ValueError(
+                "evaluate: with num_env_runners > 0 there is no local runner to evaluate on; set "
+                ".evaluation(evaluation_num_env_runners=1) or an evaluation_interval"
+            )
+        before = runner.place()
+        try:
+            return super().evaluate(parallel_train_future)
+        finally:
+            runner.go_to(before)
+
+    def get_state(
+        self,
+        components: str | Collection[str] | None = None,
+        *,
+        not_components: str | Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """RLlib's state, and the place of every remote runner."""
+        state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
+        if self._places and self._check_component(PLACES, components, not_components):
+            state[PLACES] = self._places
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take up `get_state()`; with another number of runners they all go on from the first one's place."""
+        super().set_state(state)
+        if PLACES in state and self.env_runner_group.num_remote_env_runners():
+            self._places = state[PLACES]
+            self._send_places()
+
+    def restore_from_path(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As RLlib's, with the weights on every runner when it returns."""
+        super().restore_from_path(path, *args, **kwargs)
+        for group in (self.env_runner_group, self.eval_env_runner_group):
+            if group is not None:
+                self._send_weights(group)
