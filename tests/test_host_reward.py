@@ -12,12 +12,12 @@ import textwrap
 import time
 from pathlib import Path
 
+import host_functions as fns
 import pytest
 import torch
+from fakes import byte_tokenizer
 from tensordict import TensorDict
 
-import host_functions as fns
-from fakes import byte_tokenizer
 from torchbandit.prompts import PromptSet
 from torchbandit.rewards import HostReward, RewardPipeline
 
@@ -117,11 +117,8 @@ def test_each_failure_has_its_reason_and_spoils_no_other_row(close):
     # "short" returns [] only when it is alone, as every row of a failed chunk is
     assert out["unscorable"].tolist() == [True, False] * len(bad) + [False]
     assert out["reward"][1::2].flatten().tolist() == [1.0] * len(bad)
-    assert pipeline.host_failures() == {
-        "by_word": {
-            "ZeroDivisionError": 1, "none": 1, "bad value": 3, "wrong length": 1, "died": 1, "timeout": 1, "SystemExit": 1,
-        }
-    }  # fmt: skip
+    once = ("ZeroDivisionError", "SystemExit", "none", "wrong length", "died", "timeout")
+    assert pipeline.host_failures() == {"by_word": {"bad value": 3, **dict.fromkeys(once, 1)}}
     again = pipeline(batch(["fine", "none"]))  # the pool has survived
     assert again["unscorable"].tolist() == [False, True]
     assert pipeline.host_failures()["by_word"]["none"] == 2
@@ -196,7 +193,7 @@ def test_functions_that_workers_cannot_import_are_refused_at_build():
 def test_a_module_that_does_not_import_is_refused_at_build(tmp_path, monkeypatch):
     """It imports here but not in a worker, as when sys.path was only right once."""
     (tmp_path / "fickle_module.py").write_text(
-        "import os\nif os.environ.get('FICKLE'):\n    raise OSError('not here')\ndef f(p, c):\n    return [0.0] * len(p)\n"
+        "import os\nif os.environ.get('FICKLE'):\n    raise OSError('not here')\ndef f(p, c):\n    return [0.0]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     import fickle_module

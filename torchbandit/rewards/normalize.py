@@ -60,7 +60,8 @@ class RunningNormalizer:
         """Update, then normalise: x's shape and dtype; 0 outside the mask."""
         self.update(x, mask, reduce)
         scale = torch.rsqrt(self.squares / self.count.clamp(min=1) + self.eps)
-        return ((x - self.mean) * scale).to(x.dtype).masked_fill(~mask, 0.0)
+        wide = x.to(self.mean.dtype)  # a 0-dim float64 would not promote x, and a large mean would lose its digits
+        return ((wide - self.mean) * scale).to(x.dtype).masked_fill(~mask, 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"count": self.count.clone(), "mean": self.mean.clone(), "squares": self.squares.clone()}
