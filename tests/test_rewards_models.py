@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torchbandit import scoring
 from torchbandit.responses import stop_mask
 from torchbandit.rewards import KLPenalty, RewardModel, RewardPipeline, RewardTerm
+from torchbandit.testing import no_host_copy
 
 TOKENIZER = byte_tokenizer()
 
@@ -309,3 +310,38 @@ def test_terms_are_freed_with_their_last_reference():
         assert [end() for end in ends] == [None, None]
     finally:
         gc.enable()
+
+
+def everything(device="cpu"):
+    """Every device term and option at once."""
+    models = [tiny_reward_model(seed=seed).to(device) for seed in (1, 2)]
+    return RewardPipeline(
+        [
+            RewardModel(models, ensemble="min", normalize="running", clip=5.0, missing_eos_penalty=1.0),
+            RewardTerm(lambda td: td["masks", "response"].sum(-1).float(), "length", normalize="batch"),
+            RewardTerm(
+                lambda td: td["masks", "response"].float(), "token", normalize="running", missing_eos_penalty=1.0
+            ),
+            KLPenalty(tiny_lm().to(device), target=6.0),
+        ],
+        tokenizer=TOKENIZER,
+        device=device,
+    )
+
+
+def step_without_host_copy(device):
+    td = sampled().to(device)
+    td["temperature"] = torch.ones(8, device=device)
+    pipeline = everything(device)
+    pipeline.shard(lambda x: x * 2)
+    plan = scoring.make_plan(td["masks", "prompt"], td["masks", "response"], group_size=2, packing=False)
+    pipeline(td, lambda: plan)  # the first use may load and compile
+    with no_host_copy():
+        out = pipeline(td, lambda: plan)
+    assert not out["reward"][:7].isnan().any() and out["reward"][7].isnan()
+
+
+def test_g1_no_host_copy():
+    step_without_host_copy("cpu")
+    with pytest.raises(AssertionError, match="no_host_copy"), no_host_copy():
+        RewardPipeline(lambda td: torch.full((8,), td["masks", "response"].sum().item()))(sampled())
