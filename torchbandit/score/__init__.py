@@ -1,0 +1,1 @@
+"""`torchbandit score`: prompt/response pairs of a file to rewards, log-probs and KL."""
