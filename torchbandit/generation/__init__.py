@@ -1,21 +1,34 @@
 """The decode loop: prompts in, sampled responses with their log-probs out, all on the device.
 
-sampling.py   what a user asks for, and how one token is drawn
-plain.py      a batched loop over any transformers causal LM
-"""
+    sampling.py    what a user asks for, and how one token is drawn
+    engine.py      who runs where and when: rows take turns in places, the batch shrinks as they stop
+    step.py        one token for every lane: compiled, recorded and replayed on CUDA
+    lanes.py       the running batch as tensors that move on by themselves
+    attention.py   one new token over the cache, no key repeated, no mask paid for; kernels.py: its Triton kernel,
+                   and that of the draw
+    cache.py       keys and values by place
+    plain.py       a loop over any transformers causal LM, for what the above cannot take
+"""  # fmt: skip
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from torchbandit.generation.cache import LayerShape, Unfit, bytes_per_place, layer_shapes
+from torchbandit.generation.engine import Engine
 from torchbandit.generation.plain import generate_plain
 from torchbandit.generation.sampling import Generated, Sampling
 
-__all__ = ["Generated", "Sampling", "generate"]
+__all__ = ["Generated", "Sampling", "generate", "release"]
+
+_engines: WeakKeyDictionary[PreTrainedModel, Engine] = WeakKeyDictionary()
+_unfit: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -32,7 +45,9 @@ def generate(
 ) -> Generated:
     """Sample one response a row.
 
-    Nothing of the model's `generation_config` is read. Rows that have stopped are padded.
+    Nothing of the model's `generation_config` is read. Rows that have stopped are padded, and make room: for waiting
+    rows, or for a smaller batch. What a row says depends on the generator and its index, not on who runs beside it.
+    The cache, and on CUDA the recorded steps, are kept for the next call until `release`.
 
     Args:
         model: a causal LM of transformers; it runs in eval mode, whatever mode it is in.
@@ -53,10 +68,56 @@ def generate(
     if was_training:
         model.eval()
     try:
+        if model not in _unfit:
+            try:
+                engine = _engine(model, *prompt_ids.shape, sampling)
+                return engine.run(model, prompt_ids, prompt_mask, sampling, stops, pad_id, generator, group_size)
+            except Unfit as reason:
+                _unfit[model] = str(reason)
+                release(model)
+                warnings.warn(f"generation takes the plain loop: {reason}", stacklevel=3)
         return generate_plain(model, prompt_ids, prompt_mask, sampling, stops, pad_id, generator, group_size)
     finally:
         if was_training:
             model.train()
+
+
+def release(model: PreTrainedModel) -> None:
+    """Free the cache, and the recorded steps, that `generate` keeps for `model`; it makes them anew when called."""
+    _engines.pop(model, None)
+
+
+def _engine(model: PreTrainedModel, num_rows: int, prompt_width: int, sampling: Sampling) -> Engine:
+    width = sampling.max_new_tokens
+    need = -(-(prompt_width + width) // 64) * 64
+    engine = _engines.get(model)
+    places = min(num_rows, sampling.places or num_rows)
+    fits = engine is not None and engine.device == model.device and engine.dtype == model.dtype
+    if engine is not None and fits and engine.capacity >= need and engine.width >= width:
+        if engine.places >= places or sampling.places is None and engine.all_that_is_free:
+            return engine
+    shapes = layer_shapes(model, need) if engine is None or not fits else engine.shapes
+    release(model)
+    del engine
+    all_that_is_free = False
+    if sampling.places is None and model.device.type == "cuda":
+        places, all_that_is_free = _affordable(shapes, need, places, model.device)
+    _engines[model] = engine = Engine(shapes, places, need, width, model.device, dtype=model.dtype)
+    engine.all_that_is_free = all_that_is_free
+    return engine
+
+
+def _affordable(shapes: list[LayerShape], capacity: int, wanted: int, device: torch.device) -> tuple[int, bool]:
+    """How many of the wanted places fit into most of what is free, and whether that is fewer than wanted."""
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = 0.8 * (torch.cuda.mem_get_info(device)[0] + reusable)
+    places = min(wanted, int(free // bytes_per_place(shapes, capacity)) - 1)
+    if places < 1:
+        raise ValueError(
+            f"places: not one response of {capacity} tokens fits into the {free / 2**30:.2f} GiB that are free; "
+            "ask for fewer new tokens, or free memory"
+        )
+    return places, places < wanted
 
 
 def _check(

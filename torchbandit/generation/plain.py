@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from torchbandit.generation.sampling import Generated, Sampling, draw
+from torchbandit.generation.sampling import Generated, Sampling, draw, uniforms
 from torchbandit.responses import is_stop
 
 LOOK_EVERY = 8
@@ -28,6 +28,7 @@ def generate_plain(
     ids, mask = left_padded(prompt_ids[::group_size], prompt_mask[::group_size])
     length = mask.sum(-1)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    uniform = uniforms(B, sampling, device, generator)
     cache = DynamicCache(config=model.config)
     out = model(
         input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True,
@@ -46,7 +47,7 @@ def generate_plain(
     running = torch.ones(B, dtype=torch.bool, device=device)
     look_every = LOOK_EVERY if device.type == "cuda" else 1
     for t in range(T):
-        token, log_prob = draw(logits, sampling, generator)
+        token, log_prob = draw(logits, sampling, None if uniform is None else uniform[:, t])
         tokens[:, t] = torch.where(running, token, pad_id)
         log_probs[:, t] = torch.where(running, log_prob, 0.0)
         alive[:, t] = running

@@ -59,30 +59,39 @@ class Generated(NamedTuple):
     finished: Tensor
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def uniforms(
+    num_rows: int, sampling: Sampling, device: torch.device, generator: torch.Generator | None
+) -> Tensor | None:
+    """All the randomness of a call, drawn ahead: [B, T] float64 in [0, 1), or None where nothing is drawn.
+
+    A number belongs to a row and a token, so that neither the place of a row nor its neighbours change its response.
+    """
+    if sampling.temperature == 0:
+        return None
+    return torch.rand(num_rows, sampling.max_new_tokens, dtype=torch.float64, device=device, generator=generator)
+
+
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     """One token a row and its log-prob under softmax(logits / temperature) over the whole vocabulary.
 
-    The draw is an exponential race: argmax of p / E with E ~ Exp(1) has distribution p, and needs no
-    cumulative sum and no look from the host.
-
     Args:
-        logits: [B, V], any float dtype; reduced in float32.
+        logits: [B, V], any float dtype; reduced in float32, the cumulative sum in float64.
+        uniform: [B] float64 in [0, 1), inverted through the distribution function; not read at temperature 0.
     Returns:
         tokens [B] int64, log_probs [B] float32.
     """
-    greedy = sampling.temperature == 0
     scaled = logits.float()
-    if not greedy and sampling.temperature != 1:
+    if sampling.temperature == 0:
+        tokens = scaled.argmax(-1, keepdim=True)
+        return tokens[:, 0], (scaled.gather(-1, tokens) - scaled.logsumexp(-1, keepdim=True))[:, 0]
+    assert uniform is not None
+    if sampling.temperature != 1:
         scaled = scaled / sampling.temperature
     probs = scaled.softmax(-1)
-    if greedy:
-        tokens = scaled.argmax(-1, keepdim=True)  # of the logits: two probs may round to a tie that logits have not
-    else:
-        # float32 uniforms have 24 bits, so a 0 stands for the bin below 2^-24; its middle keeps the race finite.
-        race = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(2**-25)
-        tokens = (truncate(probs, sampling) if sampling.truncates else probs).div(race).argmax(-1, keepdim=True)
-    log_probs = scaled.gather(-1, tokens) - scaled.logsumexp(-1, keepdim=True)
-    return tokens.squeeze(-1), log_probs.squeeze(-1)
+    kept = truncate(probs, sampling) if sampling.truncates else probs
+    mass = kept.cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
 def truncate(probs: Tensor, sampling: Sampling) -> Tensor:

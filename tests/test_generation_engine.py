@@ -1,0 +1,199 @@
+"""Places, shrinking batches, the device's own path, weights that change: what stands behind `generate`."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from fakes import ARCHS, tiny_lm
+from test_generation import STOPS, hf_greedy, prompts, rescore, seeded
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import torchbandit.generation as generation
+from torchbandit.generation import Generated, Sampling, generate, release
+from torchbandit.generation.attention import decode_mode
+from torchbandit.generation.cache import Cache, LayerShape, layer_shapes
+from torchbandit.generation.engine import Engine, bucket
+from torchbandit.generation.lanes import Lanes
+from torchbandit.generation.plain import generate_plain
+from torchbandit.generation.step import Stepper, compiled_body
+
+MANY_STOPS = tuple(range(0, 259, 7))
+
+
+def same(one: Generated, other: Generated) -> None:
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.mask, other.mask)
+    assert torch.equal(one.finished, other.finished)
+    torch.testing.assert_close(one.log_probs, other.log_probs, rtol=1e-4, atol=1e-4)
+
+
+def call(model: PreTrainedModel, ids: Tensor, mask: Tensor, sampling: Sampling, group_size: int = 1) -> Generated:
+    return generate(
+        model, ids, mask, sampling, stop_ids=MANY_STOPS, pad_id=0, generator=seeded(), group_size=group_size
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("places", [1, 5, 8])
+def test_rows_take_turns_in_few_places_and_say_the_same(arch: str, places: int) -> None:
+    model, (ids, mask) = tiny_lm(arch), prompts(18)
+    whole = call(model, ids, mask, Sampling(20))
+    release(model)
+    few = call(model, ids, mask, Sampling(20, places=places))
+    same(whole, few)
+    engine = generation._engines[model]
+    assert engine.places == places and max(engine.steps) == places
+    assert 3 < whole.mask.sum(-1).float().mean() < 15, "the case must be ragged"
+
+
+def test_a_freed_place_is_taken_at_once() -> None:
+    """No lane idles while a row waits: steps are what perfect compaction would take, plus each row's first."""
+    model, (ids, mask) = tiny_lm(), prompts(60)
+    out = call(model, ids, mask, Sampling(40, places=6))
+    steps = generation._engines[model].steps
+    waiting_over = len(steps) - 40
+    assert sum(steps[:waiting_over]) <= out.mask.sum() and set(steps[:waiting_over]) <= {6}
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_groups_are_split_over_admissions(group_size: int) -> None:
+    model, (ids, mask) = tiny_lm("qwen2"), prompts(5)
+    ids, mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
+    same(call(model, ids, mask, Sampling(20)), call(model, ids, mask, Sampling(20, places=4), group_size))
+
+
+def test_the_batch_shrinks_as_rows_stop() -> None:
+    model, (ids, mask) = tiny_lm(), prompts(40)
+    out = call(model, ids, mask, Sampling(60))
+    steps = generation._engines[model].steps
+    assert steps == sorted(steps, reverse=True) and steps[0] == 40 and steps[-1] <= 4
+    lengths = out.mask.sum(-1)
+    assert len(steps) == lengths.max()
+    for step, n in enumerate(steps):
+        assert n <= bucket(int((lengths > step).sum()), coarse=False) or n == 40
+    torch.testing.assert_close(out.log_probs, rescore(model, ids, mask, out, 1.0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_plain_loop_says_the_same() -> None:
+    model, (ids, mask) = tiny_lm("neox"), prompts(12)
+    for sampling in (Sampling(20), Sampling(20, 0), Sampling(20, 1.3, top_k=30, top_p=0.9)):
+        plain = torch.no_grad()(generate_plain)(model, ids, mask, sampling, MANY_STOPS, 0, seeded(), 1)
+        same(plain, call(model, ids, mask, sampling))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_devices_own_path_equals_transformers(arch: str) -> None:
+    """Lengths and places read from tensors, as on CUDA, with the reference in the kernel's stead."""
+    model, (ids, mask) = tiny_lm(arch), prompts(12)
+    with torch.no_grad():
+        shapes = layer_shapes(model, 64)
+        engine = Engine(shapes, 5, 64, 24, model.device, dtype=model.dtype, host_bound=False)
+        out = engine.run(model, ids, mask, Sampling(24, 0), STOPS, 0, None, 1)
+    assert torch.equal(out.tokens, hf_greedy(model, ids, mask, 24, STOPS))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_layers_compile_once_for_any_depth_and_batch(arch: str) -> None:
+    depth: dict[str, Any] = {"n_layer": 5} if arch == "gpt2" else {"num_hidden_layers": 5}
+    model, cpu = tiny_lm(arch, **depth), torch.device("cpu")
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
+        compiled.append(len(graph.graph.nodes))
+        return graph
+
+    with torch.no_grad():
+        cache, lanes = Cache(layer_shapes(model, 64), 20, 64, cpu), Lanes(20, 8, cpu)
+        stepper = Stepper(cache, lanes, host_bound=False)
+        with decode_mode(model):
+            for n in (20, 12, 6):
+                lanes.length.copy_(torch.arange(20))
+                lanes.token.copy_(torch.arange(20))
+                with compiled_body(model, cache, backend=backend):
+                    mine = stepper._logits(model, n, None, False)
+                torch.testing.assert_close(mine, stepper._logits(model, n, None, False))
+    parts = {"gpt2": 2, "llama": 3, "qwen2": 3, "neox": 3}[arch]  # layer, last norm, rotary embedding
+    assert len(compiled) == parts, compiled
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_weights_updated_in_place_or_replaced_are_the_ones_that_run() -> None:
+    model, (ids, mask) = tiny_lm(), prompts()
+    before = call(model, ids, mask, Sampling(6, 0))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=seeded(3)))
+    after = call(model, ids, mask, Sampling(6, 0))
+    assert not torch.equal(before.log_probs, after.log_probs)
+    torch.testing.assert_close(after.log_probs, rescore(model, ids, mask, after, 1.0), rtol=1e-4, atol=1e-4)
+    model.double()
+    assert torch.equal(after.tokens, call(model, ids, mask, Sampling(6, 0)).tokens)
+
+
+def test_calls_of_other_sizes_follow_each_other() -> None:
+    model, (ids, mask) = tiny_lm(), prompts(20)
+    first = call(model, ids[:4], mask[:4], Sampling(5))
+    call(model, ids, mask, Sampling(30))
+    engine = generation._engines[model]
+    again = call(model, ids[:4], mask[:4], Sampling(5))
+    assert generation._engines[model] is engine, "a smaller call needs nothing new"
+    same(first, again)
+
+
+def test_nothing_outlives_its_model() -> None:
+    model, (ids, mask) = tiny_lm(), prompts()
+    call(model, ids, mask, Sampling(4))
+    before = len(generation._engines)
+    del model
+    gc.collect()
+    assert len(generation._engines) == before - 1
+
+
+def test_a_model_with_a_sliding_window_takes_the_plain_loop_and_says_so_once() -> None:
+    model, (ids, mask) = tiny_lm("qwen2"), prompts(12)
+    model.config.sliding_window, model.config.use_sliding_window = 6, True
+    with pytest.warns(UserWarning, match="plain loop: Qwen2ForCausalLM has a sliding window of 6"):
+        out = call(model, ids, mask, Sampling(20, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(out, call(model, ids, mask, Sampling(20, 0)))
+
+
+def test_the_attention_of_the_model_is_given_back() -> None:
+    model, (ids, mask) = tiny_lm(), prompts()
+    name = model.config._attn_implementation
+    call(model, ids, mask, Sampling(4))
+    assert model.config._attn_implementation == name
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    model, (ids, mask) = tiny_lm(), prompts()
+    mask[4] = False
+    with pytest.raises(ValueError, match="row 4 has none"):
+        call(model, ids, mask, Sampling(4))
+
+
+def test_buckets_grow_by_half_or_a_third() -> None:
+    sizes = sorted({bucket(n, coarse=False) for n in range(1, 600)})
+    assert sizes[:9] == [1, 2, 3, 4, 6, 8, 12, 16, 24] and all(bucket(n, coarse=False) >= n for n in range(1, 600))
+    assert bucket(3, coarse=True) == 8
+
+
+def test_the_reference_attention_reads_each_lane_to_its_length() -> None:
+    import torch.nn.functional as F
+
+    gen = seeded()
+    query, keys, values = (torch.randn(*shape, generator=gen) for shape in ((3, 2, 4, 8), (5, 2, 16, 8), (5, 2, 16, 8)))
+    lanes = torch.tensor([[4, 0], [1, 15], [2, 6]], dtype=torch.int32)
+    out = torch.ops.torchbandit.decode_attention(query, keys, values, lanes.view(3, 1, 1, 2), 0.3)
+    for lane, (place, last) in enumerate(lanes.tolist()):
+        k, v = (x[place, :, : last + 1].repeat_interleave(1, 0) for x in (keys, values))
+        torch.testing.assert_close(out[lane], F.scaled_dot_product_attention(query[lane], k, v, scale=0.3))
+
+
+def test_layer_shape_names_what_a_token_costs() -> None:
+    assert generation.bytes_per_place([LayerShape(8, 64, torch.bfloat16)] * 16, 512) == 16 * 2 * 8 * 64 * 2 * 512
