@@ -141,7 +141,11 @@ class BanditEnv:
             nonlocal plan
             if plan is None:
                 plan = make_plan(
-                    out[batch.PROMPT_MASK], mask, group_size=self._siblings(len(mask)), packing=self.packing
+                    out[batch.PROMPT_MASK],
+                    mask,
+                    group_size=self._siblings(out),
+                    group_id=out.get(batch.GROUP_ID, None),
+                    packing=self.packing,
                 )
             return plan
 
@@ -154,8 +158,10 @@ class BanditEnv:
         out.set("next", following)
         return out
 
-    def _siblings(self, rows: int) -> int:
-        return self.group_size if rows % self.group_size == 0 else 1
+    def _siblings(self, td: TensorDictBase) -> int:
+        """The group size, as far as metadata tell; whether rows really are siblings is seen with their lengths."""
+        grouped = len(td) % self.group_size == 0 and td.get(batch.GROUP_ID, None) is not None
+        return self.group_size if grouped else 1
 
     def _check(self, td: TensorDictBase) -> torch.Tensor:
         """Metadata alone: a look at values would stall the device."""

@@ -73,6 +73,7 @@ def make_plan(
     response_mask: Tensor,
     *,
     group_size: int = 1,
+    group_id: Tensor | None = None,
     packing: Packing = "auto",
     token_budget: int | None = None,
     share_prompts: bool | Literal["auto"] = "auto",
@@ -82,6 +83,7 @@ def make_plan(
     Args:
         prompt_mask: [B, P] bool; response_mask: [B, T] bool.
         group_size: siblings of a prompt, contiguous; they may share its computation.
+        group_id: [B] int64; where it shows that contiguous rows are no siblings, each row is scored by itself.
         packing: False never copies to the host and pads every row to P + T.
         token_budget: tokens of one forward call; by default 32768 on CUDA and 4096 elsewhere.
         share_prompts: "auto" where it saves enough; needs packing.
@@ -104,7 +106,14 @@ def make_plan(
     if token_budget is None:
         token_budget = 32768 if prompt_mask.is_cuda else 4096
     prompt, reply = prompt_mask.sum(1), response_mask.sum(1)
-    prompts, replies = torch.stack((prompt, reply)).tolist() if packing else (None, None)
+    strangers = torch.zeros_like(prompt)
+    if group_id is not None and group_size > 1:
+        strangers = (group_id != group_id[::group_size].repeat_interleave(group_size, output_size=B)).long()
+    prompts: list[int] | None = None
+    replies: list[int] | None = None
+    if packing:
+        prompts, replies, strange = torch.stack((prompt, reply, strangers)).tolist()
+        group_size = 1 if any(strange) else group_size
     full = torch.cat((prompt_mask, response_mask), 1)
     plan = Plan(
         prompt_mask=prompt_mask,

@@ -82,7 +82,9 @@ def load(directory: Path, policy: nn.Module, options: Mapping[str, Any], rank: i
             raise ValueError(f"resume: {path} is missing; resume with the number of processes that wrote the checkpoint")
         state = torch.load(path, weights_only=True, map_location="cpu")
         weights = load_file(directory / "policy.safetensors")
-    except (OSError, RuntimeError, KeyError, json.JSONDecodeError, EOFError) as error:
+    except Exception as error:  # what a damaged file makes torch and safetensors raise has no common class
+        if isinstance(error, ValueError) and str(error).startswith("resume:"):
+            raise
         raise ValueError(f"resume: the checkpoint at {directory} is damaged ({error}); begin a new run") from error
     try:
         missing, unexpected = policy.load_state_dict(weights, strict=False)

@@ -111,7 +111,7 @@ class BanditTrainer:
         with clock("learn"):
             learned = self.learn(self.targets(td))
         metrics = self._to_host(rewards | learned)
-        self._stop_if_unscorable(metrics)
+        self._stop_if_unscorable(metrics, td)
         seconds = clock.read()
         total = seconds.pop("total")
         rows = self.world_size * self.env.batch_size
@@ -299,12 +299,18 @@ class BanditTrainer:
         """One copy for all numbers of a step."""
         return dict(zip(metrics, torch.stack([v.detach().float() for v in metrics.values()]).tolist(), strict=True))
 
-    def _stop_if_unscorable(self, metrics: Metrics) -> None:
-        if metrics["unscorable"] > 0.5:
-            raise RunStopped(
-                f"step {self.steps_done + 1}: {metrics['unscorable']:.0%} of the batch has no honest score, more than "
-                f"half; {self.env.rewards.why_unscorable()}"
-            )
+    def _stop_if_unscorable(self, metrics: Metrics, td: TensorDict) -> None:
+        if metrics["unscorable"] <= 0.5:
+            return
+        # The run ends here, so a copy to the host costs nothing any more.
+        why = [f"{(~td[batch.RESPONSE_MASK].any(-1)).sum().item()} empty responses"]
+        why += [f"{(~x.isfinite()).sum().item()} not finite from {name}" for name, x in td[batch.REWARD_TERMS].items()]
+        failures = self.env.rewards.host_failures()
+        why += [f"{name}: {n} x {reason}" for name, reasons in failures.items() for reason, n in reasons.items()]
+        raise RunStopped(
+            f"step {self.steps_done + 1}: {metrics['unscorable']:.0%} of the batch has no honest score, more than half; "
+            f"of {len(td)} rows here: {', '.join(text for text in why if not text.startswith('0 '))}"
+        )
 
     def _set_lr(self) -> None:
         o = self.options

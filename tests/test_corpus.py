@@ -1,0 +1,60 @@
+"""Pretraining rows: cut, drawn in turn, resumed; bad files named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from fakes import byte_tokenizer
+
+from torchbandit.corpus import Corpus
+
+
+def test_documents_end_with_eos_and_never_share_a_row():
+    corpus = Corpus.from_texts(["abcdef", "xy", ""], byte_tokenizer(), max_length=4)
+    rows = [ids[mask].tolist() for ids, mask in zip(corpus.ids, corpus.mask)]
+    a, x = byte_tokenizer()("abcdef")["input_ids"], byte_tokenizer()("xy")["input_ids"]
+    # The empty document is a lone eos, which predicts nothing.
+    assert rows == [a[:4], [*a[4:], 258], [*x, 258]]
+
+
+def test_ranks_take_turns_and_a_state_goes_on():
+    texts = [f"document {i}" for i in range(12)]
+    whole = Corpus.from_texts(texts, byte_tokenizer())
+    ranks = [Corpus.from_texts(texts, byte_tokenizer()) for _ in range(2)]
+    for rank, corpus in enumerate(ranks):
+        corpus.shard(rank, 2)
+    both = whole.next(6)[0]
+    halves = [corpus.next(3)[0] for corpus in ranks]
+    assert torch.equal(both, torch.stack(halves, 1).flatten(0, 1))
+    again = Corpus.from_texts(texts, byte_tokenizer())
+    again.load_state_dict(whole.state_dict())
+    assert torch.equal(again.next(5)[0], whole.next(5)[0])
+    assert len(whole.next(100)[0]) == 12  # never more than there are
+
+
+def test_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("one", "two")))
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    for name in ("a.jsonl", "a.txt"):
+        corpus = Corpus.from_file(tmp_path / name, byte_tokenizer())
+        assert byte_tokenizer().batch_decode(corpus.ids) == ["one<eos>", "two<eos>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("none.jsonl", None, "no such file"),
+        ("bad.jsonl", '{"text": "a"}\nnot json', "bad.jsonl:2: must be JSON"),
+        ("key.jsonl", '{"prompt": "a"}', 'key.jsonl:1: must be an object with "text"'),
+        ("kind.jsonl", '{"text": 3}', '"text" must be a string, got int'),
+        ("empty.txt", "\n\n \n", "holds no document"),
+        ("lone.jsonl", '{"text": ""}', "at least one row of two tokens"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        Corpus.from_file(tmp_path / name, byte_tokenizer())
