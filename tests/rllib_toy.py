@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,9 @@ class ToyEnv:
         if self.kl is not None:
             terms.append(KLPenalty(self.policy, coef=self.kl))
         return BanditEnv(
-            prompts, terms, num_prompts=self.num_prompts, group_size=self.group_size, device=device, seed=7
-        )
+            prompts, terms, num_prompts=self.num_prompts, group_size=self.group_size, device=device, seed=7,
+            packing=False,
+        )  # fmt: skip
 
 
 def toy_config(policy: str, runners: int = 0, learners: int = 0, *, env_fn: Any = None, **training: Any) -> BanditPPOConfig:
@@ -63,7 +63,7 @@ def toy_config(policy: str, runners: int = 0, learners: int = 0, *, env_fn: Any 
         .bandit(env_fn=env_fn or ToyEnv(policy), sampling=Sampling(max_new_tokens=T))
         .env_runners(num_env_runners=runners, num_cpus_per_env_runner=1)
         .learners(num_learners=learners)
-        .rl_module(pretrained=policy)
+        .rl_module(pretrained=policy, packing=False)
         .training(**settings)
         .debugging(seed=3)
     )
@@ -72,7 +72,3 @@ def toy_config(policy: str, runners: int = 0, learners: int = 0, *, env_fn: Any 
 def reward(result: dict[str, Any]) -> float:
     """Mean reward of an iteration."""
     return float(result["env_runners"]["reward"])
-
-
-def slow_import_guard() -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -138,7 +139,11 @@ class BanditPPOConfig(PPOConfig):
         if learner_class is not NotProvided:
             self._learner_class = learner_class
         if ptx_data is not NotProvided:
-            self.ptx_data = _absolute(ptx_data)
+            # A bare tensor as an attribute would break RLlib's own comparisons of config values.
+            is_ids = isinstance(ptx_data, torch.Tensor)
+            self.ptx_data = (ptx_data, torch.ones_like(ptx_data, dtype=torch.bool)) if is_ids else _absolute(ptx_data)
+        if isinstance(ptx_coef, (int, float)) and ptx_coef < 0:  # here, since RLlib takes -1 for "not given"
+            raise ValueError(f"training(ptx_coef=…): must be at least 0, got {ptx_coef}")
         given = dict(
             ptx_coef=ptx_coef, ptx_batch_size=ptx_batch_size, ptx_length=ptx_length,
             micro_batch_size=micro_batch_size, clip_param_high=clip_param_high,

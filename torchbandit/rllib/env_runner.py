@@ -13,6 +13,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import ray
 import torch
 from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_AGENT_ID, DEFAULT_MODULE_ID
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
@@ -244,7 +245,8 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         log((names.NUM_MODULE_STEPS_SAMPLED, DEFAULT_MODULE_ID), rows, reduce="sum")
         log(names.NUM_EPISODES, rows, reduce="sum")
         log(names.NUM_ENV_STEPS_SAMPLED_LIFETIME, rows, reduce="lifetime_sum", with_throughput=True)
-        log(names.WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
+        if not self._shares_module:
+            log(names.WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
         if self._seen:
             keys = self._seen[0][0]
             means = torch.stack([numbers for _, numbers in self._seen]).mean(0).tolist()
@@ -296,6 +298,8 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         """Take up weights and place, whichever are there."""
         if COMPONENT_RL_MODULE in state and self.module is not None:
             weights = state[COMPONENT_RL_MODULE]
+            if isinstance(weights, ray.ObjectRef):
+                weights = ray.get(weights)
             if not self._shares_module:
                 self.module.set_state(weights.get(DEFAULT_MODULE_ID, weights))
             self._weights_seq_no = state.get(names.WEIGHTS_SEQ_NO, 0)

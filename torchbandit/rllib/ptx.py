@@ -16,7 +16,7 @@ class PtxData:
     """Endless pretraining batches on the learner's device, each learner taking its turn.
 
     Args:
-        source: a corpus file (see `Corpus.from_file`); ids [M, L] int64, or (ids, mask [M, L] bool); or a function
+        source: a corpus file (see `Corpus.from_file`); (ids [M, L] int64, mask [M, L] bool); or a function
             `device -> iterable of (ids, mask)`, which says itself how many rows a batch has and, in several learners,
             which of them are this process's (torch.distributed is up by then). It is begun again where it ends. If
             the iterable has a state_dict and load_state_dict, it resumes exactly.
@@ -30,8 +30,6 @@ class PtxData:
         self._batches: Any = None
         if isinstance(source, (str, Path)):
             self._corpus = Corpus.from_file(source, tokenizer, max_length=max_length, seed=seed, device=device)
-        elif isinstance(source, Tensor):
-            self._corpus = Corpus(source.to(device), torch.ones_like(source, dtype=torch.bool).to(device), seed=seed)
         elif isinstance(source, tuple) and len(source) == 2:
             self._corpus = Corpus(source[0].to(device), source[1].to(device), seed=seed)
         elif callable(source):
