@@ -58,7 +58,8 @@ def log_probs(
         group_size: siblings of one prompt, contiguous; they may share its computation.
         plan: the step's layout, from `make_plan`; made here if absent.
     Returns:
-        [B, T] float32 on the model's device; 0 outside the mask, NaN for a token that nothing precedes.
+        [B, T] float32 on the model's device; 0 outside the mask, NaN for a token that nothing precedes and for rows
+        of a group whose prompts turn out to differ.
     Raises:
         ValueError: tensors do not fit together.
     """
@@ -87,9 +88,9 @@ def token_scores(
         entropy: of softmax(logits / temperature), in nats.
         value_head: hidden [..., D] -> [..., 1]; its value before each response token.
     """
-    ids, plan = _checked(prompt_ids, prompt_mask, response_ids, response_mask, group_size, plan)
+    ids, plan, honest = _checked(prompt_ids, prompt_mask, response_ids, response_mask, group_size, plan)
     heat = _temperature(temperature, plan)
-    logps, entropies, values = _Slots(plan), _Slots(plan), _Slots(plan)
+    logps, entropies, values = (_Slots(plan, honest) for _ in range(3))
     for part in hidden_states(model, ids, plan):
         pack = part.pack
         hidden = part.hidden[pack.predict]
@@ -125,8 +126,8 @@ def token_values(
     Returns:
         [B, T] float32, with gradient where the critic has it; 0 outside the mask.
     """
-    ids, plan = _checked(prompt_ids, prompt_mask, response_ids, response_mask, group_size, plan)
-    values = _Slots(plan)
+    ids, plan, honest = _checked(prompt_ids, prompt_mask, response_ids, response_mask, group_size, plan)
+    values = _Slots(plan, honest)
     for part in hidden_states(critic, ids, plan):
         values.add(part.pack.slot, _apply(_score_head(critic), part.hidden[part.pack.predict]))
     return values.table()
@@ -149,7 +150,7 @@ def sequence_scores(
     Returns:
         [B] float32; NaN where the response is empty. Gradient where the model has it.
     """
-    ids, plan = _checked(prompt_ids, prompt_mask, response_ids, response_mask, group_size, plan)
+    ids, plan, honest = _checked(prompt_ids, prompt_mask, response_ids, response_mask, group_size, plan)
     rows, scores = [], []
     if getattr(model, "score", None) is None:
         parts = [(pack.rows, score) for pack, score in own_scores(model, ids, plan)]
@@ -163,7 +164,8 @@ def sequence_scores(
         scores.append(score)
     table = torch.full((plan.num_rows,), torch.nan, device=ids.device)
     table = table.index_copy(0, torch.cat(rows), torch.cat(scores))
-    return table.masked_fill(~plan.response_mask.any(1), torch.nan)
+    scorable = plan.response_mask.any(1) if honest is None else plan.response_mask.any(1) & honest
+    return table.masked_fill(~scorable, torch.nan)
 
 
 def corpus_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,8 +185,9 @@ def corpus_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tens
 class _Slots:
     """A [B, T] table filled pack by pack. What is never filled, inside the mask, stays NaN."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, honest: Tensor | None) -> None:
         self._plan = plan
+        self._honest = honest
         self._slots: list[Tensor] = []
         self._values: list[Tensor] = []
 
@@ -198,6 +201,8 @@ class _Slots:
         if self._slots:
             flat = flat.index_copy(0, torch.cat(self._slots), torch.cat(self._values))
         table = flat[:-1].view(mask.shape)
+        if self._honest is not None:
+            table = table.where(self._honest[:, None], torch.nan)
         return torch.where(mask, table, table.new_zeros(()))
 
 
@@ -234,7 +239,8 @@ def _checked(
     response_mask: Tensor,
     group_size: int,
     plan: Plan | None,
-) -> tuple[Tensor, Plan]:
+) -> tuple[Tensor, Plan, Tensor | None]:
+    """([B, S] ids, 0 outside the masks; the plan; [B] bool, False where a group's prompts differ)."""
     for name, ids, mask in (("prompt", prompt_ids, prompt_mask), ("response", response_ids, response_mask)):
         if ids.dtype != torch.int64 or mask.dtype != torch.bool or ids.shape != mask.shape or ids.device != mask.device:
             raise ValueError(
@@ -249,4 +255,12 @@ def _checked(
             f"{list(plan.prompt_mask.shape)} and {list(plan.response_mask.shape)}; make it once a step with make_plan"
         )
     ids, mask = torch.cat((prompt_ids, response_ids), 1), torch.cat((prompt_mask, response_mask), 1)
-    return ids.masked_fill(~mask, 0), plan
+    ids = ids.masked_fill(~mask, 0)
+    if not plan.share_prompts:
+        return ids, plan, None
+    # Rows that say they share a prompt and do not: their scores would be those of another prompt. No sync: NaN.
+    P, G = prompt_mask.shape[1], plan.group_size
+    prompts = ids.gather(1, plan.table.columns[:, :P])
+    prompts = prompts.where(torch.arange(P, device=ids.device) < plan.table.prompt[:, None], 0).view(-1, G, P)
+    same = (prompts == prompts[:, :1]).all(2).all(1)
+    return ids, plan, same.repeat_interleave(G)

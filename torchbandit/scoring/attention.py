@@ -105,7 +105,7 @@ class _Packed(torch.autograd.Function):
             lse = torch.cat((lse[:, :p], whole, lse[:, p + r :]), 1)
         ctx.save_for_backward(query, key, value, out, lse, starts, longest, *(shared or ()))
         ctx.scaling, ctx.window = scaling, window
-        return out
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,9 +133,9 @@ def installed(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
     before = [(c, c._attn_implementation_internal) for c in configs.values()]
     for config, _ in before:
         config._attn_implementation_internal = name
-    checkpointed = _checkpointed(model)
-    own_function = [m._gradient_checkpointing_func for m in checkpointed]
-    for module in checkpointed:
+    again = checkpointed(model)
+    own_function = [m._gradient_checkpointing_func for m in again]
+    for module in again:
         # A layer is computed again in backward, long after this block: the attention must come along.
         module._gradient_checkpointing_func = functools.partial(
             checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), installed(model, name))
@@ -143,13 +143,13 @@ def installed(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, function in zip(checkpointed, own_function, strict=True):
+        for module, function in zip(again, own_function, strict=True):
             module._gradient_checkpointing_func = function
         for config, own in before:
             config._attn_implementation_internal = own
 
 
-def _checkpointed(model: PreTrainedModel) -> list[Any]:
+def checkpointed(model: PreTrainedModel) -> list[Any]:
     """Modules that will drop activations and compute them again: those asked to, in training, with gradient."""
     if not (model.training and torch.is_grad_enabled()):
         return []

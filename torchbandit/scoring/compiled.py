@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config as _shape_config
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from torchbandit.models import wants_compile
+from torchbandit.scoring.attention import checkpointed
 
 backend = "inductor"
 """Of torch.compile; tests count graphs with a cheaper one."""
@@ -28,11 +30,10 @@ _reductions: weakref.WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]]]
 
 
 @contextlib.contextmanager
-def layers(model: nn.Module) -> Iterator[None]:
+def layers(model: PreTrainedModel) -> Iterator[None]:
     """Run `model`'s decoder layers compiled inside the block, if it wants that."""
     # With gradient checkpointing a layer runs a second time outside this block: as it runs the first time, eager.
-    checkpointed = model.training and getattr(model, "is_gradient_checkpointing", False)
-    if checkpointed or not wants_compile(model):
+    if not wants_compile(model) or checkpointed(model):
         yield
         return
     call = _calls.get(model)
@@ -66,16 +67,17 @@ def own(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reduction(model: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of a chunk of logits, compiled if `model` wants that."""
+    """`function` of a chunk of logits (its first argument, [M, V]), compiled if `model` wants that."""
     if not wants_compile(model):
         return function
     mine = _reductions.setdefault(model, {})
     if function not in mine:
         call = own(function)
 
-        def reduce(*args: Any) -> Any:
+        def reduce(logits: Tensor, *args: Any) -> Any:
+            torch._dynamo.mark_static(logits, 1)  # type: ignore[no-untyped-call]  (the vocabulary)
             with no_duck_shapes():
-                return call(*args)
+                return call(logits, *args)
 
         mine[function] = reduce
     return mine[function]

@@ -1,0 +1,96 @@
+"""Compiled layers: the same numbers, one graph for all layers and packs, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import naive
+import pytest
+import torch
+from fakes import ARCHS, fake_batch, tiny_lm, tiny_reward_model
+from test_scoring import LAYOUTS, TOL, layout
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
+
+from torchbandit.scoring import compiled, log_probs, sequence_scores
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    torch._dynamo.reset()
+    count = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(compiled, "backend", count)
+    yield count
+    torch._dynamo.reset()
+
+
+def wanting(model: PreTrainedModel) -> PreTrainedModel:
+    model.torchbandit_compile = True
+    return model
+
+
+@pytest.mark.parametrize(("arch", "kind"), [("llama", k) for k in LAYOUTS] + [(a, "shared") for a in ARCHS[::3]])
+def test_compiled_equals_naive(arch: str, kind: str, counter: CompileCounterWithBackend) -> None:
+    model, args = wanting(tiny_lm(arch)), naive.tensors(fake_batch())
+    heat = torch.linspace(0.5, 1.5, 8)
+    want, _ = naive.log_probs(model, args, heat)
+    want.sum().backward()
+    want_grads = naive.gradients(model)
+    got = log_probs(model, *args, temperature=heat, plan=layout(kind, args))
+    assert counter.frame_count > 0
+    got.sum().backward()
+    torch.testing.assert_close(got, want, **TOL)
+    for name, grad in naive.gradients(model).items():
+        torch.testing.assert_close(grad, want_grads[name], atol=1e-4, rtol=1e-3)
+    assert all(layer._compiled_call_impl is None for layer in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["packed", "shared"])
+def test_no_recompilation_in_steady_state(kind: str, counter: CompileCounterWithBackend) -> None:
+    """Other batches, other lengths, other longest rows: the graphs of the first step serve them all."""
+    counters.clear()
+    lm, rm = wanting(tiny_lm()), wanting(tiny_reward_model(hidden_size=64))
+
+    def step(seed: int, **sizes: int) -> None:
+        args = naive.tensors(fake_batch(seed=seed, **sizes))
+        plan = layout(kind, args, token_budget=90)
+        log_probs(lm, *args, plan=plan).sum().backward()
+        with torch.no_grad():
+            log_probs(lm, *args, plan=plan)
+            sequence_scores(rm, *args, plan=plan)
+
+    step(0)
+    first = counters["stats"]["unique_graphs"]
+    assert first == 5, "log-probs with and without gradient, layer and reduction each, and the reward model's layer"
+    for seed, (width, reply, number) in enumerate([(30, 5, 4), (9, 40, 3), (64, 64, 7)], start=1):
+        step(seed, prompt_width=width, response_width=reply, num_prompts=number)
+    assert counters["stats"]["unique_graphs"] == first
+
+
+def test_a_plain_longest_length_would_recompile(counter: CompileCounterWithBackend) -> None:
+    """The wrong variant that size carriers avoid is told apart by the counter: a static shape compiles anew."""
+    double = torch.compile(lambda x: x * 2, dynamic=False, backend=counter)
+    for n in (3, 4, 5):
+        double(torch.ones(n))
+    assert counter.frame_count == 3
+
+
+def test_off_by_default_on_cpu_and_by_request(counter: CompileCounterWithBackend) -> None:
+    args = naive.tensors(fake_batch())
+    plain, refused = tiny_lm(), tiny_lm()
+    refused.torchbandit_compile = False
+    for model in (plain, refused):
+        log_probs(model, *args)
+    assert counter.frame_count == 0
+
+
+def test_generation_does_not_meet_compiled_layers(counter: CompileCounterWithBackend) -> None:
+    model, args = wanting(tiny_lm()), naive.tensors(fake_batch())
+    log_probs(model, *args)
+    count = counter.frame_count
+    with torch.no_grad():
+        model(args[0], attention_mask=args[1].long())
+    assert counter.frame_count == count and model.config._attn_implementation == "sdpa"
