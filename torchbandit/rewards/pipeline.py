@@ -230,6 +230,14 @@ class RewardPipeline:
         """Rows without a value so far, by host term and reason: "timeout", an exception's name, "none", ..."""
         return {term.name: dict(term.failures) for term in self.terms if isinstance(term, HostReward)}
 
+    def why_unscorable(self, td: TensorDictBase) -> str:
+        """What kept a stepped batch's rows from an honest score, with counts; copies to the host."""
+        told = {"empty response(s)": ~td[RESPONSE_MASK].any(-1)}
+        told |= {f"not finite from {name}": ~x.isfinite() for name, x in td["next", "reward_terms"].items()}
+        why = [f"{int(rows.sum())} {what}" for what, rows in told.items() if rows.any()]
+        why += [f"{name}: {n} x {what}" for name, found in self.host_failures().items() for what, n in found.items()]
+        return ", ".join(why)
+
     def models(self) -> list[nn.Module]:
         """The modules that the terms have loaded so far."""
         return [module for term in self.terms for module in term.models()]

@@ -55,6 +55,7 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         self._seen: list[tuple[list[str], Tensor]] = []
         self._clocks: list[Clock] = []
         self._num_rows = 0
+        self._last: TensorDict | None = None
         remote = bool(self.worker_index)
         if remote:
             torch.set_num_threads(max(1, int(config.num_cpus_per_env_runner)))
@@ -214,7 +215,8 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
 
     def _health(self) -> dict[str, Any]:
         assert self.env is not None
-        why = self.env.rewards.why_unscorable() if self.unscorable > 0.5 else ""
+        ends = self.unscorable > 0.5 and self._last is not None  # the run does, so copies cost nothing any more
+        why = f"of {len(self._last)} rows here: {self.env.rewards.why_unscorable(self._last)}" if ends else ""
         return {"unscorable": self.unscorable, "why_unscorable": why}
 
     def _sample_batch(self, explore: bool) -> TensorDict:
@@ -235,6 +237,7 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
             raise
         self._clocks.append(clock)
         self._seen.append(summary(td))
+        self._last = td
         return td
 
     def get_metrics(self) -> dict[str, Any]:

@@ -303,13 +303,9 @@ class BanditTrainer:
         if metrics["unscorable"] <= 0.5:
             return
         # The run ends here, so a copy to the host costs nothing any more.
-        why = [f"{(~td[batch.RESPONSE_MASK].any(-1)).sum().item()} empty responses"]
-        why += [f"{(~x.isfinite()).sum().item()} not finite from {name}" for name, x in td[batch.REWARD_TERMS].items()]
-        failures = self.env.rewards.host_failures()
-        why += [f"{name}: {n} x {reason}" for name, reasons in failures.items() for reason, n in reasons.items()]
         raise RunStopped(
             f"step {self.steps_done + 1}: {metrics['unscorable']:.0%} of the batch has no honest score, more than half; "
-            f"of {len(td)} rows here: {', '.join(text for text in why if not text.startswith('0 '))}"
+            f"of {len(td)} rows here: {self.env.rewards.why_unscorable(td)}"
         )
 
     def _set_lr(self) -> None:
