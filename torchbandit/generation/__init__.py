@@ -70,7 +70,7 @@ def generate(
     try:
         if model not in _unfit:
             try:
-                engine = _engine(model, *prompt_ids.shape, sampling)
+                engine = _engine(model, prompt_ids.shape[0], prompt_ids.shape[1], sampling)
                 return engine.run(model, prompt_ids, prompt_mask, sampling, stops, pad_id, generator, group_size)
             except Unfit as reason:
                 _unfit[model] = str(reason)
@@ -92,13 +92,13 @@ def _engine(model: PreTrainedModel, num_rows: int, prompt_width: int, sampling: 
     need = -(-(prompt_width + width) // 64) * 64
     engine = _engines.get(model)
     places = min(num_rows, sampling.places or num_rows)
-    fits = engine is not None and engine.device == model.device and engine.dtype == model.dtype
-    if engine is not None and fits and engine.capacity >= need and engine.width >= width:
-        if engine.places >= places or sampling.places is None and engine.all_that_is_free:
+    if engine is not None and engine.device == model.device and engine.dtype == model.dtype:
+        places_do = engine.places >= places or (sampling.places is None and engine.all_that_is_free)
+        if places_do and engine.capacity >= need and engine.width >= width:
             return engine
-    shapes = layer_shapes(model, need) if engine is None or not fits else engine.shapes
     release(model)
-    del engine
+    del engine  # its memory counts as free below
+    shapes = layer_shapes(model, need)
     all_that_is_free = False
     if sampling.places is None and model.device.type == "cuda":
         places, all_that_is_free = _affordable(shapes, need, places, model.device)

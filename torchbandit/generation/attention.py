@@ -81,7 +81,7 @@ def _(query: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, scale: float) 
 @contextlib.contextmanager
 def decode_mode(model: PreTrainedModel) -> Iterator[None]:
     """`model` attends through `attend` inside the block, and as before after it."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:
         for config, _ in before:

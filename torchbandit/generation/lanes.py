@@ -22,7 +22,9 @@ class Lanes:
     """
 
     def __init__(self, places: int, width: int, device: torch.device) -> None:
-        zeros = lambda: torch.zeros(places, dtype=torch.int64, device=device)
+        def zeros() -> Tensor:
+            return torch.zeros(places, dtype=torch.int64, device=device)
+
         self.places, self.width, self.device = places, width, device
         self.place = torch.arange(places, device=device)
         self.token = zeros()  # fed next

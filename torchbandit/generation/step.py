@@ -89,11 +89,11 @@ class Stepper:
             # Of the model's dtype, which is the query's under no autocast.
             mask = torch.zeros(seen.shape, dtype=model.dtype, device=lanes.device)
             mask = mask.masked_fill_(~seen, float("-inf")).view(n, 1, 1, used)
-        out = model(
+        logits: Tensor = model(
             input_ids=lanes.token[:n].unsqueeze(1), position_ids=length.unsqueeze(1), attention_mask=mask,
             past_key_values=self.cache, use_cache=True,
-        )  # fmt: skip
-        return out.logits[:, -1]
+        ).logits[:, -1]  # fmt: skip
+        return logits
 
     def _draw_and_advance(self, logits: Tensor, n: int) -> None:
         lanes = self.lanes
@@ -110,10 +110,10 @@ class Stepper:
                 rows, columns = self.uniform.shape
                 uniform = self.uniform[lanes.row[:n].clamp_max(rows - 1), lanes.count[:n].clamp_max(columns - 1)]
             token, log_prob = draw(logits, self.sampling, uniform)
-        state = (lanes.place, lanes.token, lanes.length, lanes.count, lanes.active)
         move = _compiled(advance) if self.cuda else advance
         move(
-            token, log_prob, *(x[:n] for x in state), lanes.tokens, lanes.log_probs, lanes.limit, lanes.stops
+            token, log_prob, lanes.place[:n], lanes.token[:n], lanes.length[:n], lanes.count[:n], lanes.active[:n],
+            lanes.tokens, lanes.log_probs, lanes.limit, lanes.stops,
         )  # fmt: skip
 
     def _record(self, model: PreTrainedModel, n: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -187,15 +187,17 @@ def _run_layer(layer: nn.Module, whole: Cache, part: object, how: dict[str, Any]
 
 
 def _run(module: nn.Module, how: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    with shape_config.patch(use_duck_shape=False):  # a batch of 64 is no head size of 64
-        return _compiled(_forward_of(type(module)), **how)(module, *args, **kwargs)
+    kind: Any = type(module)
+    # A batch of 64 is no head size of 64, though the numbers are equal.
+    with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        return _compiled(_forward_of(kind), **how)(module, *args, **kwargs)
 
 
 @functools.cache
-def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
+def _forward_of(kind: Any) -> Callable[..., Any]:
     """The forward of a class, with a code object of its own: that is what the compiler keeps its versions on, a few
     for each, and training or scoring may have filled those of the original."""
-    forward: Any = kind.forward
+    forward = kind.forward
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(module, *args, **kwargs)

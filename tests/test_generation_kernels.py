@@ -1,0 +1,118 @@
+"""The Triton kernels against plain torch: on CUDA, or in Triton's interpreter where Triton is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton comes with CUDA builds of torch", allow_module_level=True)
+if not torch.cuda.is_available():
+    if tuple(int(part) for part in importlib.metadata.version("numpy").split(".")[:2]) >= (2, 5):
+        pytest.skip("no CUDA, and Triton's interpreter needs numpy below 2.5", allow_module_level=True)
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from torchbandit.generation import attention, kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+
+def case(n: int, K: int, H: int, D: int, L: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(n + L)
+    query, keys, values = (
+        torch.randn(*shape, generator=gen).to(DEVICE, dtype)
+        for shape in ((n, K, H, D), (n + 3, K, L, D), (n + 3, K, L, D))
+    )
+    place = torch.randperm(n + 2, generator=gen)[:n]
+    last = torch.randint(0, L, (n,), generator=gen)
+    last[0], last[-1] = 0, L - 1
+    keys[place[0], :, 1:] = float("nan")  # beyond a lane's length nothing is read
+    lanes = torch.stack((place, last), -1).int().view(n, 1, 1, 2).to(DEVICE)
+    return query, keys, values, lanes, keys.nan_to_num(0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("splits", [1, 3, None])
+@pytest.mark.parametrize(("K", "H", "D"), [(2, 4, 64), (3, 1, 16), (1, 5, 80), (2, 2, 8), (1, 20, 32)])
+def test_attention_equals_the_reference(K: int, H: int, D: int, splits: int | None, dtype: torch.dtype) -> None:
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's dot takes no bfloat16")
+    query, keys, values, lanes, clean = case(5, K, H, D, 300, dtype)
+    mine = kernels.decode_attention(query, keys, values, lanes, 0.21, splits=splits)
+    whole = attention.decode_attention._init_fn(query.float(), clean.float(), values.float(), lanes, 0.21)
+    torch.testing.assert_close(mine.float(), whole, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_attention_takes_a_query_of_any_strides() -> None:
+    query, _keys, values, lanes, clean = case(4, 2, 4, 16, 70, torch.float32)
+    strided = query.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    assert strided.stride() != query.stride()
+    one, two = (kernels.decode_attention(q, clean, values, lanes, 0.3) for q in (query, strided))
+    torch.testing.assert_close(one, two)
+
+
+def drawn(
+    logits: Tensor, seed: int = 0, temperature: float = 1.0, greedy: bool = False, **at: Tensor
+) -> tuple[Tensor, Tensor]:
+    n = len(logits)
+    zeros = torch.zeros(n, dtype=torch.int64, device=DEVICE)
+    return kernels.draw(
+        logits, at.get("row", torch.arange(n, device=DEVICE)), at.get("count", zeros),
+        torch.tensor([seed], device=DEVICE), torch.tensor([1 / temperature], device=DEVICE), greedy=greedy,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("V", [5, 1000, 4096, 20_011])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_draw_is_argmax_with_its_log_prob(V: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(7, V, generator=torch.Generator().manual_seed(V)) * 3).to(DEVICE, dtype)
+    logits[2, V // 2 :] = logits[2].max()  # ties: the first wins
+    tokens, log_probs = drawn(logits, greedy=True)
+    assert torch.equal(tokens, logits.float().argmax(-1)) and tokens[2] <= V // 2
+    expected = logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("V", "temperature"), [(12, 1.0), (12, 0.6), (9000, 1.0)])
+def test_drawn_frequencies_pass_a_chi_square_test(V: int, temperature: float) -> None:
+    n = 200_000 if DEVICE == "cuda" else 500
+    logits = torch.full((V,), -4.0)
+    logits[:: max(1, V // 12)] = (
+        torch.randn(len(range(0, V, max(1, V // 12))), generator=torch.Generator().manual_seed(0)) + 5
+    )
+    logits = logits.to(DEVICE)
+    tokens, log_probs = drawn(logits.expand(n, V), seed=3, temperature=temperature)
+    full = (logits.double() / temperature).softmax(-1)
+    torch.testing.assert_close(log_probs, full.log()[tokens].float(), rtol=1e-4, atol=1e-4)
+    bins = torch.arange(V, device=DEVICE) // max(1, V // 12)
+    expected = torch.zeros(int(bins.max()) + 1, dtype=torch.float64, device=DEVICE).index_add(0, bins, full) * n
+    counts = bins[tokens].bincount(minlength=len(expected))
+    chi_square = ((counts - expected).square() / expected).sum()
+    dof = len(expected) - 1
+    assert chi_square < dof + 5 * (2 * dof) ** 0.5 + 5, (chi_square, dof)
+
+
+def test_noise_belongs_to_seed_row_and_token() -> None:
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE).expand(32, 5000)
+    row, count = torch.arange(32, device=DEVICE) + 100, torch.arange(32, device=DEVICE) % 5
+    tokens, _ = drawn(logits, row=row, count=count)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    assert torch.equal(drawn(logits, row=row[order], count=count[order])[0], tokens[order])
+    assert torch.equal(drawn(logits[:1], row=row[:1], count=count[:1])[0], tokens[:1])
+    for other in (drawn(logits, 1, row=row, count=count), drawn(logits, row=row + 1, count=count),
+                  drawn(logits, row=row, count=count + 1)):  # fmt: skip
+        assert (other[0] != tokens).sum() > 16
+
+
+def test_masked_logits_are_never_drawn() -> None:
+    logits = torch.full((64, 5000), float("-inf"), device=DEVICE)
+    logits[:, 4321] = -7.0
+    tokens, log_probs = drawn(logits)
+    assert (tokens == 4321).all()
+    torch.testing.assert_close(log_probs, torch.zeros_like(log_probs))
