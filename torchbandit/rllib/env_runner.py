@@ -84,6 +84,9 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         made_by = f"bandit(env_fn={_name(self.config.env_fn)})"
         try:
             env = self.config.env_fn(self.worker_index, self.num_workers, self.device)
+            if isinstance(env, BanditEnv):
+                for term in env.rewards.terms:  # now, and not in the first batch: weights may be missing on this node
+                    term.load(env.device)
         except Exception as error:
             raise ValueError(
                 f"{made_by}: raised {type(error).__name__} on node {here()}: {error}. Every replica runs it on its own "
