@@ -116,17 +116,19 @@ class _Call:
         self.keys = [0] * self.n
         self.alive = [False] * self.n
         self.in_order = True
+        self.ends: int | None = None  # the step at which a row has all its tokens; None: nothing runs
+        self.longest = 0  # plus the step: keys of the longest row, its new one included
 
     def run(self) -> Generated:
         engine = self.engine
         engine.steps = []
         self.admit(list(range(self.n)))
+        self.count_steps()
         every, lag = (LOOK_EVERY, LOOK_LAG) if engine.cuda else (1, 0)
         arrived: torch.cuda.Event | None = None
         looked = -1  # the step of a look that is under way
-        while any(self.alive):
-            used = max(k + self.step - b for k, b, a in zip(self.keys, self.began, self.alive, strict=True) if a) + 1
-            engine.stepper(self.model, self.n, used, self.in_order)
+        while self.ends is not None:
+            engine.stepper(self.model, self.n, self.step + self.longest, self.in_order)
             engine.steps.append(self.n)
             self.step += 1
             if looked < 0 and self.stop_ids and self.step % every == 0:
@@ -135,18 +137,18 @@ class _Call:
                 if engine.cuda:
                     arrived = torch.cuda.Event()
                     arrived.record()
-            act = False
-            if looked >= 0 and self.step >= looked + lag:
+            if 0 <= looked <= self.step - lag:
                 if arrived is not None:
                     arrived.synchronize()
                 flags: list[bool] = engine.flags[: self.n].tolist()
-                self.alive = [a and f for a, f in zip(self.alive, flags, strict=True)]
-                looked, act = -1, True
-            if any(a and self.step - b >= self.T for a, b in zip(self.alive, self.began, strict=True)):
+                if flags != self.alive:
+                    self.alive = [a and f for a, f in zip(self.alive, flags, strict=True)]
+                    self.make_room()
+                looked = -1
+            if self.step == self.ends:
                 self.alive = [a and self.step - b < self.T for a, b in zip(self.alive, self.began, strict=True)]
-                looked, act = -1, True  # a look under way is dropped: lanes are about to change hands
-            if act:
                 self.make_room()
+                looked = -1  # a look under way is dropped: lanes have changed hands
         self.write_out([lane for lane, row in enumerate(self.row) if row is not None])
         mask = torch.arange(self.T, device=engine.device) < self.counts.unsqueeze(-1)
         finished = has_stopped(self.tokens, mask, engine.lanes.stops)
@@ -172,6 +174,13 @@ class _Call:
                 setattr(self, name, [old[lane] for lane in order])
             self.n = smaller
             self.in_order = self.place == list(range(smaller))
+        self.count_steps()
+
+    def count_steps(self) -> None:
+        """Foresee the step at which the next row has all its tokens, and how long rows get until then."""
+        running = [(k - b, b) for k, b, a in zip(self.keys, self.began, self.alive, strict=True) if a]
+        self.ends = min(b for _, b in running) + self.T if running else None
+        self.longest = max((k for k, _ in running), default=0) + 1
 
     def admit(self, lanes: list[int]) -> None:
         """Start the next waiting rows in `lanes`; each prompt among them is computed once."""

@@ -47,6 +47,8 @@ def decode_attention(
     L = keys.shape[2]
     if query.stride(3) != 1:
         query = query.contiguous()
+    if query.dtype == torch.float32:
+        stages = min(stages, 2)  # twice the bytes a stage
     if splits is None:
         splits = min(triton.cdiv(_programs_wanted(query.device), n * K), max(1, L // (4 * block)), 32)
     out = torch.empty(n, K, H, D, dtype=query.dtype, device=query.device)
@@ -208,7 +210,7 @@ def _log_exponential(bits):
     return tl.log(tl.where(v < 0.01, series, -tl.log(tl.maximum(1.0 - v, 2.9802322e-08))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "parts", "each"])
 def _race_kernel(
     logits, row, count, seed, inverse_temperature, partial, index, stride, V, n, parts, each,
     GREEDY: tl.constexpr, BLOCK: tl.constexpr,
@@ -279,7 +281,7 @@ def _race_kernel(
     tl.store(index + spot, token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "parts"])
 def _finish_kernel(partial, index, tokens, log_probs, n, parts, PARTS: tl.constexpr):
     lane = tl.program_id(0)
     p = tl.arange(0, PARTS)

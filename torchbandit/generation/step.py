@@ -188,9 +188,7 @@ def _run_layer(layer: nn.Module, whole: Cache, part: object, how: dict[str, Any]
 
 def _run(module: nn.Module, how: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     kind: Any = type(module)
-    # A batch of 64 is no head size of 64, though the numbers are equal.
-    with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-        return _compiled(_forward_of(kind), **how)(module, *args, **kwargs)
+    return _compiled(_forward_of(kind), **how)(module, *args, **kwargs)
 
 
 @functools.cache
@@ -208,4 +206,11 @@ def _forward_of(kind: Any) -> Callable[..., Any]:
 
 @functools.cache
 def _compiled(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True, **how)
+    compiled = torch.compile(function, dynamic=True, fullgraph=True, **how)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # A batch of 64 is no head size of 64, though the numbers are equal.
+        with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return compiled(*args, **kwargs)
+
+    return call
