@@ -197,7 +197,7 @@ def digest(algo: Any) -> dict[str, Any]:
     learner = algo.learner_group._learner
     masters, _ = learner._masters[DEFAULT_MODULE_ID]
     moments = [v for state in masters.optimizer.state_dict()["state"].values() for v in state.values()]
-    total = lambda tensors: sum(float(t.double().abs().sum()) for t in tensors)  # noqa: E731
+    total = lambda tensors: sum(float(t.double().abs().sum()) for t in tensors)
     return {
         "tokens": batches[0]["tokens/response"].tolist(),
         "prompts": batches[0]["prompt_id"].tolist(),

@@ -11,10 +11,20 @@ try:
 except ImportError as error:
     raise ImportError("torchbandit.rllib needs RLlib: pip install 'torchbandit[rllib]'") from error
 
+from torchbandit.adapters.gymnasium import BanditVectorEnv
 from torchbandit.rllib.algorithm import BanditPPO
 from torchbandit.rllib.config import BanditPPOConfig
 from torchbandit.rllib.env_runner import BanditEnvRunner
 from torchbandit.rllib.learner import PPOPtxLearner
 from torchbandit.rllib.module import CausalLMModule
+from torchbandit.rllib.stock import stock_ppo_config
 
-__all__ = ["BanditEnvRunner", "BanditPPO", "BanditPPOConfig", "CausalLMModule", "PPOPtxLearner"]
+__all__ = [
+    "BanditEnvRunner",
+    "BanditPPO",
+    "BanditPPOConfig",
+    "BanditVectorEnv",
+    "CausalLMModule",
+    "PPOPtxLearner",
+    "stock_ppo_config",
+]
