@@ -235,18 +235,22 @@ def test_a_broken_state_dict_is_named(kind: type[BanditEnv], says: str) -> None:
         check_env(make_env(kind, reward=[RewardTerm(length, normalize="running")]))
 
 
+STOPS = tuple(range(0, 259, 4))  # a quarter of all tokens, so that rows end everywhere
+
+
 @pytest.mark.parametrize(
     ("key", "change", "says"),
     [
         (batch.LOG_PROBS, lambda x: x + 1, "0 outside the mask|at most 0"),
         (batch.LOG_PROBS, lambda x: x.double(), "must be float32"),
         (batch.RESPONSE_MASK, lambda x: x.flip(-1), "a run of True"),
-        (batch.FINISHED, lambda x: ~x, "cut off|end at the stop"),
+        (batch.RESPONSE_MASK, lambda x: x | True, "end at the stop"),
+        (batch.FINISHED, lambda x: ~x, "last token is a stop token"),
         (batch.TEMPERATURE, lambda x: x[:, None], r"must be float32 \[8\]"),
     ],
 )
 def test_a_broken_policy_is_named(key: batch.Key, change: Callable[[Tensor], Tensor], says: str) -> None:
-    policy = CausalLMPolicy(tiny_lm(), byte_tokenizer(), sampling=Sampling(max_new_tokens=12, stop_ids=(97, 258)))
+    policy = CausalLMPolicy(tiny_lm(), byte_tokenizer(), sampling=Sampling(max_new_tokens=12, stop_ids=STOPS))
     generate = policy.generate
     policy.generate = lambda td: put(key, change)(generate(td))
     with pytest.raises((AssertionError, ValueError), match=says):

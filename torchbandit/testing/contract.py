@@ -13,7 +13,7 @@ from torch import Tensor
 from torchbandit import batch
 from torchbandit.batch import Key, masked_sum, require, show
 from torchbandit.env import BanditEnv
-from torchbandit.responses import is_contiguous, is_left_padded, stop_mask
+from torchbandit.responses import has_stopped, is_contiguous, is_left_padded, stop_mask
 
 if TYPE_CHECKING:
     from torchbandit.policy import CausalLMPolicy
@@ -137,9 +137,11 @@ def _check_response(env: BanditEnv, td: TensorDictBase, policy: CausalLMPolicy |
     require(td, batch.TEMPERATURE, shape=(B,), dtype=torch.float32, device=device)
     width = policy.sampling.max_new_tokens
     _demand(shape[1] == width, f"{show(batch.RESPONSE)}: T must be max_new_tokens = {width}, got {shape[1]}")
-    _demand((mask == stop_mask(tokens, policy.stop_ids))[finished].all(), "mask of a finished row must end at the stop")
-    cut = mask.sum(-1)[~finished]
-    _demand((cut == width).all(), f"{show(batch.FINISHED)}: a row that is cut off must be {width} tokens long")
+    _demand(
+        (mask == stop_mask(tokens, policy.stop_ids)).all(), f"{show(batch.RESPONSE_MASK)}: must end at the stop token"
+    )
+    stopped = has_stopped(tokens, mask, policy.stop_ids)
+    _demand((finished == stopped).all(), f"{show(batch.FINISHED)}: must be True where the last token is a stop token")
 
 
 def _check_step(env: BanditEnv, td: TensorDictBase, out: TensorDictBase) -> None:
