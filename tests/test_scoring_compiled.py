@@ -56,7 +56,7 @@ def test_no_recompilation_in_steady_state(kind: str, counter: CompileCounterWith
 
     def step(seed: int, **sizes: int) -> None:
         args = naive.tensors(fake_batch(seed=seed, **sizes))
-        plan = layout(kind, args, token_budget=90)
+        plan = layout(kind, args, token_budget=150)
         log_probs(lm, *args, plan=plan).sum().backward()
         with torch.no_grad():
             log_probs(lm, *args, plan=plan)

@@ -197,6 +197,6 @@ def test_no_host_copy_without_packing() -> None:
                 plan = make_plan(args[1], args[3], group_size=2, share_prompts=share)
                 log_probs(model, *args, plan=plan)
                 log_probs(model, *args, plan=plan)
-            assert copies == [16, 16], "the lengths, once a plan"
+            assert len(copies) == 2 and max(copies) <= 3 * 8, "the lengths, once a plan"
     finally:
         Tensor.tolist = tolist  # type: ignore[method-assign]

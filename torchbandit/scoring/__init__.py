@@ -93,7 +93,7 @@ def token_scores(
     logps, entropies, values = (_Slots(plan, honest) for _ in range(3))
     for part in hidden_states(model, ids, plan):
         pack = part.pack
-        hidden = part.hidden[pack.predict]
+        hidden = part.hidden.index_select(0, pack.predict)
         targets = ids.flatten()[pack.target]
         row_heat = None if heat is None else heat[pack.row]
         logp, ent = part.head.of_targets(hidden, targets, row_heat, entropy=entropy)
@@ -129,7 +129,7 @@ def token_values(
     ids, plan, honest = _checked(prompt_ids, prompt_mask, response_ids, response_mask, group_size, plan)
     values = _Slots(plan, honest)
     for part in hidden_states(critic, ids, plan):
-        values.add(part.pack.slot, _apply(_score_head(critic), part.hidden[part.pack.predict]))
+        values.add(part.pack.slot, _apply(_score_head(critic), part.hidden.index_select(0, part.pack.predict)))
     return values.table()
 
 
@@ -156,7 +156,7 @@ def sequence_scores(
         parts = [(pack.rows, score) for pack, score in own_scores(model, ids, plan)]
     else:
         parts = [
-            (part.pack.rows, _apply(_score_head(model), part.hidden[part.pack.last]))
+            (part.pack.rows, _apply(_score_head(model), part.hidden.index_select(0, part.pack.last)))
             for part in hidden_states(model, ids, plan)
         ]
     for row, score in parts:

@@ -265,7 +265,7 @@ def _cumulative(lengths: Tensor) -> Tensor:
 
 def _within(starts: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
     """(offset in its segment, segment) of each flat position."""
-    seg = torch.searchsorted(starts, where, right=True) - 1
+    seg = torch.searchsorted(starts.long(), where, right=True) - 1
     return where - starts[seg], seg
 
 
