@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
+import runpy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,3 +200,12 @@ def test_the_reference_attention_reads_each_lane_to_its_length() -> None:
 
 def test_layer_shape_names_what_a_token_costs() -> None:
     assert generation.bytes_per_place([LayerShape(8, 64, torch.bfloat16)] * 16, 512) == 16 * 2 * 8 * 64 * 2 * 512
+
+
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tiny, so that it never rots; its own assertions are part of it."""
+    path = Path(__file__).parents[1] / "benchmarks" / "gpu" / "generate.py"
+    monkeypatch.setattr("sys.argv", [str(path), "--tiny", "--only", "b256,ragged,long"])
+    runpy.run_path(str(path), run_name="__main__")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"b256", "ragged", "long"} <= set(found) and found["ragged"]["steps"] > 1
