@@ -6,7 +6,6 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -378,16 +377,17 @@ def test_repr_says_what_there_is():
     assert repr(prompts) == "PromptSet(2 prompts; 1 to 3 tokens, mean 2.0; dense on cpu; n: int64 [2]; s: host)"
 
 
-def test_twenty_thousand_prompts_load_in_batches(tmp_path):
+def test_many_prompts_are_tokenised_in_batches(tmp_path, monkeypatch):
     path = tmp_path / "many.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"prompt number {i} " * 3, "n": i}) + "\n" for i in range(20_000)))
-    started = time.perf_counter()
-    prompts = PromptSet.from_jsonl(path, byte_tokenizer(), max_length=512)
-    seconds = time.perf_counter() - started
+    path.write_text("".join(json.dumps({"prompt": f"prompt {i}", "n": i}) + "\n" for i in range(20_000)))
+    tokenizer, calls = byte_tokenizer(), []
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *a, **k: calls.append(1) or call(*a, **k))
+    prompts = PromptSet.from_jsonl(path, tokenizer, max_length=512)
+    assert len(calls) < 10
     assert len(prompts) == 20_000 and prompts.columns["n"][-1] == 19_999
-    assert prompts.texts([17_000]) == ["prompt number 17000 " * 3]
-    assert real_rows(prompts, torch.tensor([17_000])) == [byte_ids("prompt number 17000 " * 3)]
-    assert seconds < 20, f"{seconds:.1f} s for 20,000 prompts"  # about 1 s; one call a prompt takes far longer
+    assert prompts.texts([17_000]) == ["prompt 17000"]
+    assert real_rows(prompts, torch.tensor([17_000])) == [byte_ids("prompt 17000")]
 
 
 # The stream
@@ -486,10 +486,13 @@ def test_the_order_of_a_seed_is_fixed():
 
 
 def test_draws_do_not_share_memory_with_the_permutation():
-    stream, again = PromptStream(6, seed=3), PromptStream(6, seed=3)
-    stream.next(2)[0].zero_()
-    again.next(2)
-    assert torch.equal(stream.next(4)[0], again.next(4)[0])
+    stream = PromptStream(6, seed=3)
+    start = stream.state_dict()
+    drawn, _ = stream.next(6)
+    kept = drawn.clone()
+    drawn.zero_()
+    stream.load_state_dict(start)
+    assert torch.equal(stream.next(6)[0], kept)
 
 
 def test_stream_of_a_prompt_set_lives_on_its_device():
