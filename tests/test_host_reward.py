@@ -149,7 +149,7 @@ def test_overlaps_with_the_models(close):
     for terms in ([term, model], [model, term]):
         started = time.monotonic()
         RewardPipeline(terms)(batch(["a", "b"]))
-        assert time.monotonic() - started < 1.7
+        assert time.monotonic() - started < 1.9
 
 
 def test_all_workers_take_part_and_chunks_are_bounded(close):
@@ -234,6 +234,7 @@ def test_another_terms_error_cancels_the_job(close):
     started = time.monotonic()
     with pytest.raises(KeyError, match="another term"):
         RewardPipeline([term, wrong])(batch(["hang"]))
+    assert not any(worker.rows for worker in term._pool._workers)  # at once, not only when the next batch comes
     assert RewardPipeline(term)(batch(["fine"]))["reward"].item() == 1.0
     assert time.monotonic() - started < 10
 
