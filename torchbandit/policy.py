@@ -23,7 +23,7 @@ from torchbandit.models import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class CausalLMPolicy(nn.Module):
@@ -70,7 +70,7 @@ class CausalLMPolicy(nn.Module):
         self.sampling = Sampling() if sampling is None else sampling
         self.packing = packing
         self.value_head: nn.Linear | None = None
-        self.critic: nn.Module | None = None
+        self.critic: PreTrainedModel | None = None
         if isinstance(critic, str) and critic == "head":
             # Zero weights: the first values are 0 and do not steer the first advantages.
             self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1, device=self.device)
