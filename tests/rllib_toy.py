@@ -39,7 +39,9 @@ def prefers_low_bytes(td: Any) -> torch.Tensor:
 class ToyEnv:
     """An env_fn with its settings; picklable."""
 
-    def __init__(self, policy: str, *, num_prompts: int = 4, group_size: int = 4, kl: float | None = None, **options: Any):
+    def __init__(
+        self, policy: str, *, num_prompts: int = 4, group_size: int = 4, kl: float | None = None, **options: Any
+    ) -> None:
         self.policy, self.num_prompts, self.group_size, self.kl = policy, num_prompts, group_size, kl
         self.options = options
 
@@ -55,7 +57,9 @@ class ToyEnv:
         )  # fmt: skip
 
 
-def toy_config(policy: str, runners: int = 0, learners: int = 0, *, env_fn: Any = None, **training: Any) -> BanditPPOConfig:
+def toy_config(
+    policy: str, runners: int = 0, learners: int = 0, *, env_fn: Any = None, **training: Any
+) -> BanditPPOConfig:
     """The toy on `runners` and `learners`; one logical CPU each."""
     settings: dict[str, Any] = dict(lr=3e-3, num_epochs=2, minibatch_size=16) | training
     return (

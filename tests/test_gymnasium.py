@@ -36,7 +36,8 @@ def make_env(num_prompts: int = 3, group_size: int = 2, nan_rows: int = 0) -> Ba
 
 @pytest.fixture(scope="module")
 def policy() -> CausalLMPolicy:
-    return CausalLMPolicy(tiny_lm(), byte_tokenizer(), sampling=Sampling(max_new_tokens=T), critic="head", packing=False)
+    sampling = Sampling(max_new_tokens=T)
+    return CausalLMPolicy(tiny_lm(), byte_tokenizer(), sampling=sampling, critic="head", packing=False)
 
 
 def test_protocol(policy: CausalLMPolicy) -> None:
@@ -111,7 +112,7 @@ def test_make_vec(policy: CausalLMPolicy) -> None:
 def test_action_of_another_kind() -> None:
     envs = BanditVectorEnv(make_env())
     envs.reset()
-    with pytest.raises(ValueError, match="actions: must be the TensorDict `pending` with responses.*ndarray"):
+    with pytest.raises(ValueError, match=r"actions: must be the TensorDict `pending` with responses.*ndarray"):
         envs.step(np.zeros((6, 1)))
 
 

@@ -8,15 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 ray = pytest.importorskip("ray", reason="the rllib extra is not installed")
 
-import ray.cloudpickle  # noqa: E402
 from fakes import byte_tokenizer, tiny_lm  # noqa: E402
+from ray import cloudpickle  # noqa: E402
 from ray.rllib.core import DEFAULT_MODULE_ID  # noqa: E402
 from rllib_toy import NUM_PROMPTS, T, ToyEnv, make_models, reward, toy_config  # noqa: E402
 
@@ -129,7 +129,7 @@ def test_wire_keeps_bits(dtype: torch.dtype) -> None:
     for shape in ((3, 5), (), (0, 2)):
         tensor = torch.randint(0, 2, shape).to(dtype)
         tree = {"a": [tensor, (1, None)], "b": 2.5}
-        back = unpack(ray.cloudpickle.loads(ray.cloudpickle.dumps(pack(tree))))
+        back = unpack(cloudpickle.loads(cloudpickle.dumps(pack(tree))))
         made = back["a"][0]
         assert made.dtype == dtype and made.shape == tensor.shape and back["b"] == 2.5 and back["a"][1] == (1, None)
         assert torch.equal(made.flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
@@ -168,12 +168,12 @@ def test_weights_from_outside_become_the_masters(paths: dict[str, str]) -> None:
 
 
 RESUME = """
-import json, sys, ray, torch
+import json, sys, ray, torch  # noqa: E402
 torch.set_num_threads(1)
-from pathlib import Path
-from rllib_toy import toy_config, ToyEnv
-from torchbandit.rllib import BanditPPO
-from test_rllib import digest
+from pathlib import Path  # noqa: E402
+from rllib_toy import toy_config, ToyEnv  # noqa: E402
+from torchbandit.rllib import BanditPPO  # noqa: E402
+from test_rllib import digest  # noqa: E402
 policy, corpus, path, mode = sys.argv[1:]
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 algo = BanditPPO.from_checkpoint(path)
@@ -283,7 +283,7 @@ def test_evaluate_is_greedy_and_leaves_training_alone(paths: dict[str, str]) -> 
 
 
 class ShorterLearner(PPOPtxLearner):
-    keywords = {"length_coef": 0.0}
+    keywords: ClassVar[dict[str, Any]] = {"length_coef": 0.0}
 
     def compute_loss_for_module(self, *, module_id: str, config: Any, batch: Any, fwd_out: Any) -> torch.Tensor:
         loss = super().compute_loss_for_module(module_id=module_id, config=config, batch=batch, fwd_out=fwd_out)
@@ -321,7 +321,8 @@ def test_unscorable_rows_are_left_out_and_too_many_stop(paths: dict[str, str]) -
     algo.stop()
     algo = toy_config(paths["policy"], env_fn=Nan(paths["policy"], 0.75)).build_algo()
     before = weights(module_of(algo))
-    with pytest.raises(ValueError, match="75% of the batch has no honest score, more than half; of 16 rows here: 12 not finite"):
+    says = "75% of the batch has no honest score, more than half; of 16 rows here: 12 not finite"
+    with pytest.raises(ValueError, match=says):
         algo.train()
     assert_same_bits(before, weights(module_of(algo)))
     algo.stop()
@@ -389,18 +390,18 @@ def on_meta(index: int, workers: int, device: torch.device) -> Any:
 BAD: dict[str, tuple[Callable[[BanditPPOConfig, dict[str, str]], Any], str]] = {
     "no env_fn": (lambda c, p: setattr(c, "env_fn", None), r"bandit\(env_fn=…\): must be a function.*got none"),
     "env_fn no function": (lambda c, p: c.bandit(env_fn=3), r"env_fn.*got int"),
-    "env_fn returns something else": (lambda c, p: c.bandit(env_fn=lambda *a: "env"), "must return a BanditEnv, got str"),
+    "env_fn returns something else": (lambda c, p: c.bandit(env_fn=lambda *a: "env"), "return a BanditEnv, got str"),
     "env_fn raises": (lambda c, p: c.bandit(env_fn=on_meta), "on_meta.*raised RuntimeError on node .*is not here"),
     "env_fn takes too little": (lambda c, p: c.bandit(env_fn=lambda: None), "raised TypeError"),
     "another tokenizer": (lambda c, p: c.bandit(env_fn=other_tokenizer), "'<one more>' differs"),
     "no pretrained": (lambda c, p: setattr(c, "pretrained", None), r"rl_module\(pretrained=…\).*got none"),
     "live model": (lambda c, p: c.rl_module(pretrained=tiny_lm()), "a live model has to be saved first"),
-    "missing folder": (lambda c, p: c.rl_module(pretrained="/no/such/folder"), "/no/such/folder.*cannot be built on node"),
+    "missing folder": (lambda c, p: c.rl_module(pretrained="/no/such/folder"), "/no/such/folder.*built on node"),
     "no critic": (lambda c, p: c.rl_module(critic=None), "PPO needs a critic"),
     "ptx without data": (lambda c, p: c.training(ptx_coef=0.1), "needs ptx_data, got none"),
     "ptx data of another kind": (lambda c, p: c.training(ptx_coef=0.1, ptx_data=3.5), "ptx_data: must be.*got float"),
     "negative ptx": (lambda c, p: c.training(ptx_coef=-1), "ptx_coef.*at least 0"),
-    "minibatch above the batch": (lambda c, p: c.training(minibatch_size=17), "minibatch_size: must divide the 16 rows"),
+    "minibatch above the batch": (lambda c, p: c.training(minibatch_size=17), "minibatch_size: must divide the 16"),
     "minibatch above a given batch": (
         lambda c, p: c.training(minibatch_size=32, train_batch_size_per_learner=16),
         "minibatch_size: must be at most train_batch_size_per_learner=16, got 32",

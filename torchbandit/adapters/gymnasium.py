@@ -40,7 +40,9 @@ class BanditVectorEnv(VectorEnv[Any, Any, Any]):
 
     metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
-    def __init__(self, env: BanditEnv | Callable[[], BanditEnv], num_envs: int | None = None, *, keep: int = 64) -> None:
+    def __init__(
+        self, env: BanditEnv | Callable[[], BanditEnv], num_envs: int | None = None, *, keep: int = 64
+    ) -> None:
         self.bandit = env if isinstance(env, BanditEnv) else env()
         self.num_envs = self.bandit.batch_size
         if num_envs is not None and num_envs != self.num_envs:

@@ -66,7 +66,7 @@ class BanditPPO(PPO):
         if len(sizes) > 1:
             raise ValueError(
                 "bandit(env_fn=…): must return envs of one num_prompts, group_size and prompt width on every runner, "
-                f"got (rows, group_size, width) of {sorted(sizes)}; build the same PromptSet everywhere, RLlib shards it"
+                f"got (rows, group_size, width) of {sorted(sizes)}; build the same PromptSet everywhere"
             )
         ((self._rows, self._group_size, _),) = sizes
         round_of_all = self._rows * runners
@@ -116,7 +116,7 @@ class BanditPPO(PPO):
     @property
     def _local(self) -> bool:
         """Everything in this process, one module for generating and learning."""
-        return self.env_runner_group.num_remote_env_runners() == 0 and self.config.num_learners == 0
+        return bool(self.env_runner_group.num_remote_env_runners() == 0 and self.config.num_learners == 0)
 
     def _sample(self) -> MultiAgentBatch:
         runner = self.env_runner_group.local_env_runner
@@ -134,14 +134,15 @@ class BanditPPO(PPO):
         if unscorable > 0.5:
             why = "; ".join(sorted({a["why_unscorable"] for a in answers if a["why_unscorable"]}))
             raise ValueError(
-                f"iteration {self.iteration + 1}: {unscorable:.0%} of the batch has no honest score, more than half; {why}"
+                f"iteration {self.iteration + 1}: {unscorable:.0%} of the batch has no honest score, more than half; "
+                f"{why}"
             )
         if self.config.num_learners > 0:
             rows = {key: to_array(value) for key, value in rows.items()}
         return MultiAgentBatch({DEFAULT_MODULE_ID: SampleBatch(rows)}, env_steps=self._total_rows)
 
     def _sample_remotely(self) -> list[dict[str, Any]]:
-        """Ask healthy runners for whole batches until there are enough; one that fails or dies is left out and named."""
+        """Ask healthy runners for whole batches until there are enough; one that fails is left out and named."""
         group = self.env_runner_group
         missing, failed = self._total_rows // self._rows, dict[int, str]()
         answers: list[dict[str, Any]] = []
@@ -219,9 +220,9 @@ class BanditPPO(PPO):
         first = next(iter(places.values()), None)
 
         def take(runner: BanditEnvRunner) -> None:
-            own = places.get(runner.worker_index)
-            if own is not None or first is not None:
-                runner.go_to(own or first, generator=own is not None)
+            place = places.get(runner.worker_index, first)
+            if place is not None:
+                runner.go_to(place, generator=runner.worker_index in places)
 
         self.env_runner_group.foreach_env_runner(take, remote_worker_ids=workers, local_env_runner=False)
 

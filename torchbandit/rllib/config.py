@@ -7,10 +7,10 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.algorithms.algorithm_config import NotProvided
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
@@ -67,11 +67,11 @@ class BanditPPOConfig(PPOConfig):
         self.evaluation_config = {"explore": False}
 
     def bandit(
-        self: Config,
+        self,
         *,
         env_fn: Callable[..., Any] = NotProvided,
         sampling: Sampling = NotProvided,
-    ) -> Config:
+    ) -> Self:
         """The environment and how responses are drawn.
 
         Args:
@@ -86,7 +86,7 @@ class BanditPPOConfig(PPOConfig):
         return self
 
     def rl_module(
-        self: Config,
+        self,
         *,
         pretrained: str | Path | ModelSpec = NotProvided,
         critic: str | Path | ModelSpec = NotProvided,
@@ -94,7 +94,7 @@ class BanditPPOConfig(PPOConfig):
         gradient_checkpointing: bool = NotProvided,
         packing: Any = NotProvided,
         **kwargs: Any,
-    ) -> Config:
+    ) -> Self:
         """The policy.
 
         Args:
@@ -105,16 +105,18 @@ class BanditPPOConfig(PPOConfig):
             packing: as for `CausalLMPolicy`.
             kwargs: RLlib's own.
         """
-        for name, value in (("pretrained", pretrained), ("critic", critic)):
+        given: dict[str, Any] = dict(
+            pretrained=pretrained, critic=critic, dtype=dtype, gradient_checkpointing=gradient_checkpointing,
+            packing=packing,
+        )  # fmt: skip
+        for name, value in given.items():
             if value is not NotProvided:
-                setattr(self, name, _absolute(value))
-        for name, value in (("dtype", dtype), ("gradient_checkpointing", gradient_checkpointing), ("packing", packing)):
-            if value is not NotProvided:
-                setattr(self, name, value)
-        return super().rl_module(**kwargs)
+                setattr(self, name, _absolute(value) if name in ("pretrained", "critic") else value)
+        super().rl_module(**kwargs)
+        return self
 
     def training(
-        self: Config,
+        self,
         *,
         ptx_coef: float = NotProvided,
         ptx_data: Any = NotProvided,
@@ -124,7 +126,7 @@ class BanditPPOConfig(PPOConfig):
         clip_param_high: float | None = NotProvided,
         learner_class: type = NotProvided,
         **kwargs: Any,
-    ) -> Config:
+    ) -> Self:
         """How it learns. Any option of RLlib's PPO, any keyword that the learner class declares, and:
 
         Args:
@@ -154,7 +156,8 @@ class BanditPPOConfig(PPOConfig):
                 setattr(self, name, value)
         if "optimizer" in kwargs:
             self.optimizer = kwargs.pop("optimizer")
-        return super().training(**kwargs)
+        super().training(**kwargs)
+        return self
 
     # --- what RLlib asks of a config -------------------------------------------------------------------------------
 
@@ -205,8 +208,8 @@ class BanditPPOConfig(PPOConfig):
         if not isinstance(self.pretrained, (str, Path, ModelSpec)):
             got = "none" if self.pretrained is None else type(self.pretrained).__name__
             raise ValueError(
-                f"rl_module(pretrained=…): must be a folder or hub id, got {got}; every actor loads it for itself, so a "
-                "live model has to be saved first (save_pretrained)"
+                f"rl_module(pretrained=…): must be a folder or hub id, got {got}; every actor loads it for itself, so "
+                "a live model has to be saved first (save_pretrained)"
             )
         if not isinstance(self.critic, (str, Path, ModelSpec)):
             raise ValueError(
@@ -220,8 +223,8 @@ class BanditPPOConfig(PPOConfig):
         sampling = self.sampling
         if not self.in_evaluation and (sampling.temperature <= 0 or sampling.top_k or sampling.top_p != 1):
             raise ValueError(
-                f"bandit(sampling=…): training draws with a temperature above 0 alone, got {sampling}; truncate when you "
-                "evaluate"
+                f"bandit(sampling=…): training draws with a temperature above 0 alone, got {sampling}; truncate when "
+                "you evaluate"
             )
         for name, least in (("ptx_coef", 0), ("ptx_batch_size", 1), ("ptx_length", 2), ("micro_batch_size", 1)):
             value = getattr(self, name)
@@ -233,7 +236,7 @@ class BanditPPOConfig(PPOConfig):
                 "function, or ptx_coef=0"
             )
         if self.use_kl_loss:
-            raise ValueError("training(use_kl_loss=True): KL to the reference is a reward term here; add a KLPenalty to the env")
+            raise ValueError("training(use_kl_loss=True): KL is a reward term here; add a KLPenalty to the env instead")
         if self.grad_clip_by != "global_norm":
             raise ValueError(f'grad_clip_by: must be "global_norm", got {self.grad_clip_by!r}')
         if not self.in_evaluation and not self.merge_env_runner_states and not self.broadcast_env_runner_states:
@@ -241,7 +244,8 @@ class BanditPPOConfig(PPOConfig):
                 "env_runners(merge_env_runner_states=False, broadcast_env_runner_states=False): then the first weights "
                 "never reach remote runners; leave one of them on"
             )
-        rows, size = self.train_batch_size_per_learner, self.minibatch_size
+        rows: int = self.train_batch_size_per_learner
+        size: Any = self.minibatch_size
         if rows and size and size > rows:
             raise ValueError(f"minibatch_size: must be at most train_batch_size_per_learner={rows}, got {size}")
 
@@ -281,5 +285,7 @@ def _with_hint(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-for _name in ("bandit", "rl_module", "training", "env_runners", "learners", "evaluation", "fault_tolerance", "debugging"):
-    setattr(BanditPPOConfig, _name, _with_hint(_name, getattr(BanditPPOConfig, _name, None) or getattr(AlgorithmConfig, _name)))
+for _name in (
+    "bandit", "rl_module", "training", "env_runners", "learners", "evaluation", "fault_tolerance", "debugging",
+):  # fmt: skip
+    setattr(BanditPPOConfig, _name, _with_hint(_name, getattr(BanditPPOConfig, _name)))

@@ -46,6 +46,7 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
 
     def __init__(self, *, config: Any, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
+        self.num_env_steps_sampled_lifetime: int = 0
         self.module: CausalLMModule | None = None
         self.env: BanditEnv | None = None
         self.problem: str | None = None
@@ -197,7 +198,7 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         rows = num_timesteps or num_episodes or self.env.batch_size
         explore = self.config.explore if explore is None else explore
         parts = [self._sample_batch(explore) for _ in range(-(-rows // self.env.batch_size))]
-        td = parts[0] if len(parts) == 1 else torch.cat(parts)
+        td: Any = parts[0] if len(parts) == 1 else torch.cat(parts)
         rows = td.batch_size[0]
         self._num_rows += rows
         self.num_env_steps_sampled_lifetime += rows
@@ -218,8 +219,9 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
 
     def _health(self) -> dict[str, Any]:
         assert self.env is not None
-        ends = self.unscorable > 0.5 and self._last is not None  # the run does, so copies cost nothing any more
-        why = f"of {len(self._last)} rows here: {self.env.rewards.why_unscorable(self._last)}" if ends else ""
+        why = ""
+        if self.unscorable > 0.5 and self._last is not None:  # the run ends, so copies cost nothing any more
+            why = f"of {len(self._last)} rows here: {self.env.rewards.why_unscorable(self._last)}"
         return {"unscorable": self.unscorable, "why_unscorable": why}
 
     def _sample_batch(self, explore: bool) -> TensorDict:

@@ -229,7 +229,8 @@ class PPOPtxLearner(PPOTorchLearner):
             )
             loss, metrics = loss + ptx, metrics | ptx_metrics
         self.add_metrics({f"loss/{name}": number for name, number in metrics.items()})
-        return loss
+        total: Tensor = loss
+        return total
 
     def add_metrics(self, metrics: dict[str, Tensor]) -> None:
         """Add scalars up on the device; `train()` reports their mean over the updates, after one copy to the host."""
@@ -240,7 +241,7 @@ class PPOPtxLearner(PPOTorchLearner):
     def compute_gradients(self, loss_per_module: dict[str, Tensor], **kwargs: Any) -> dict[Any, Tensor]:
         """Add this microbatch's gradient to what is there; clipping and the check for finiteness come with the step."""
         total = torch.stack(list(loss_per_module.values())).sum()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         return {}
 
     def apply_gradients(self, gradients_dict: dict[Any, Tensor]) -> None:

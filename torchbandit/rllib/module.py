@@ -11,7 +11,12 @@ import torch
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from tensordict import TensorDict, TensorDictBase
 
-from torchbandit.models import ModelSpec, empty_causal_lm, empty_reward_model, load_tokenizer
+from torchbandit.models import (
+    ModelSpec,
+    empty_causal_lm,
+    empty_reward_model,
+    load_tokenizer,
+)
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.rllib.wire import pack, unflatten, unpack
 
@@ -40,9 +45,9 @@ class CausalLMModule(TorchRLModule):
             raise RuntimeError(f"CausalLMModule: {error}") from error
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"rl_module(pretrained={str(given['pretrained'])!r}, critic={str(given['critic'])!r}): cannot be built on node "
-                f"{here()}: {error}. Every node loads it for itself: put it on all nodes or on shared storage, or give "
-                "a hub id"
+                f"rl_module(pretrained={str(given['pretrained'])!r}, critic={str(given['critic'])!r}): cannot be built "
+                f"on node {here()}: {error}. Every node loads it for itself: put it on all nodes or on shared storage, "
+                "or give a hub id"
             ) from error
         self.num_loads = 0
 

@@ -55,7 +55,7 @@ class PtxData:
             self._iterator = iter(self._batches)
             batch = next(self._iterator, None)
         if batch is None:
-            raise ValueError("ptx_data: the function's iterable must give batches again when it is begun anew, got none")
+            raise ValueError("ptx_data: the function's iterable must give batches whenever it is begun, got none")
         ids, mask = batch if isinstance(batch, (tuple, list)) else (batch, torch.ones_like(batch, dtype=torch.bool))
         return ids, mask
 

@@ -165,6 +165,8 @@ class FetchRows(ConnectorV2):
 class ResponseModule(CausalLMModule):
     """A `CausalLMModule` as the stock loop sees it: a distribution over whole responses, and their value."""
 
+    _rows = 0
+
     def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         return self._answer(batch["td"], greedy=False)
 
