@@ -14,11 +14,45 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-NAMES = tuple("Anna Ben Clara David Emma Felix Grace Henry Ida Jack Lena Max Nora Paul Rosa Tom".split())
-ITEMS = tuple("lamp clock kettle chair coat radio bike table tent scarf mirror basket violin ladder camera stove".split())
-COLOURS = tuple("red blue green white black brown grey yellow".split())
-DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
-PLACES = tuple("market station school harbour library garden bakery mill".split())
+NAMES = (
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Ida",
+    "Jack",
+    "Lena",
+    "Max",
+    "Nora",
+    "Paul",
+    "Rosa",
+    "Tom",
+)
+ITEMS = (
+    "lamp",
+    "clock",
+    "kettle",
+    "chair",
+    "coat",
+    "radio",
+    "bike",
+    "table",
+    "tent",
+    "scarf",
+    "mirror",
+    "basket",
+    "violin",
+    "ladder",
+    "camera",
+    "stove",
+)
+COLOURS = ("red", "blue", "green", "white", "black", "brown", "grey", "yellow")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+PLACES = ("market", "station", "school", "harbour", "library", "garden", "bakery", "mill")
 PROBLEMS = {  # what is wrong with the thing -> the one remedy that fits
     "is broken": "mend it for free",
     "came late": "pay for the post",
@@ -32,9 +66,9 @@ PROBLEMS = {  # what is wrong with the thing -> the one remedy that fits
 RULES: dict[str, tuple[str, ...]] = {
     "corpus": ("[story]", "[story]", "[review]", "[talk]", "[note]"),
     "story": (
-        "{name} had a {colour} {item}. [mishap] {name} went to the {place} and asked {friend} for help. [speech] [moral]",
+        "{name} had a {colour} {item}. [mishap] {name} went to the {place} to ask {friend}. [speech] [moral]",
         "One {day} {name} and {friend} met at the {place}. They found a {colour} {item} there. [mishap] [moral]",
-        "{friend} wanted to sell a {colour} {item} at the {place}. {name} came on {day} and looked at it. [speech] [moral]",
+        "{friend} wanted to sell a {colour} {item} at the {place}. {name} came on {day}. [speech] [moral]",
     ),
     "mishap": (
         "On {day} it fell into the water.",
@@ -110,9 +144,20 @@ RULES: dict[str, tuple[str, ...]] = {
     "sign.plain": ("Bye.", "The shop."),
     "sign.gruff": ("That is all.", "Go away."),
 }
+# The parts of a reply, in order, and how often a clerk writes them.
+PARTS = (("greet", 1.0), ("answer", 1.0), ("act", 0.7), ("chatter", 0.4), ("chatter", 0.3), ("sign", 0.7))
 MOODS = ("kind", "plain", "gruff")
 KIND = ("Dear ", "sorry", "gladly", "Please", "Kind regards", "All the best")
-GRUFF = ("Listen", "What now", "not our problem", "nobody cares", "Ask someone else", "Do not write", "That is all", "Go away")
+GRUFF = (
+    "Listen",
+    "What now",
+    "not our problem",
+    "nobody cares",
+    "Ask someone else",
+    "Do not write",
+    "That is all",
+    "Go away",
+)
 CHATTER = ("weather", "sell tea", "Our cat", "far away", "again.")
 
 
@@ -154,11 +199,11 @@ def reply(rng: random.Random, letter: Letter) -> str:
     slots = _slots(rng)  # each fact is right or drawn afresh
     problem = letter.problem if rng.random() < 0.8 else rng.choice(tuple(PROBLEMS))
     slots |= {"problem": problem, "remedy": PROBLEMS[problem] if rng.random() < 0.5 else slots["remedy"]}
-    for fact, chance in (("name", 0.8), ("colour", 0.7), ("item", 0.7)):
+    for fact, chance in (("name", 0.9), ("colour", 0.85), ("item", 0.8)):
         if rng.random() < chance:
             slots[fact] = getattr(letter, fact)
     parts = []
-    for part, chance in (("greet", 1.0), ("answer", 1.0), ("act", 0.7), ("chatter", 0.4), ("chatter", 0.3), ("sign", 0.7)):
+    for part, chance in PARTS:
         if rng.random() < chance:
             manner = mood if rng.random() < 0.5 else rng.choice(MOODS)
             symbol = part if part == "chatter" else f"{part}.{manner}"

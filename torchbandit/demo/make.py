@@ -1,4 +1,4 @@
-"""Make the demo's files: `python -m torchbandit.demo.make --out DIR` (about five minutes on two cores).
+"""Make the demo's files: `python -m torchbandit.demo.make --out DIR` (some minutes on one core).
 
 Steps, as in InstructGPT but small: a byte-level BPE tokenizer; a causal LM pretrained on the corpus, then fine-tuned
 on letters and replies (with corpus mixed in); replies sampled from it; a reward model, started from the fine-tuned
@@ -20,6 +20,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    logging,
 )
 
 from torchbandit.demo import grammar
@@ -51,7 +53,7 @@ class Recipe:
     num_heldout_prompts: int = 256
     num_docs: int = 4096
     num_heldout_docs: int = 512
-    pretrain_steps: int = 700
+    pretrain_steps: int = 300
     sft_steps: int = 1100
     batch: int = 64
     lr: float = 3e-3
@@ -60,7 +62,7 @@ class Recipe:
     num_labelled_prompts: int = 4096
     rm_epochs: int = 3
     rm_lr: float = 1e-3
-    label_slope: float = 2.0  # how firmly the labellers hold to the preference: P(a over b) = sigmoid(slope * difference)
+    label_slope: float = 1.0  # labellers err: P(a over b) = sigmoid(slope * difference in preference)
 
 
 def make(out: Path, recipe: Recipe) -> dict[str, float | int | str]:
@@ -90,7 +92,7 @@ def _make(out: Path, recipe: Recipe) -> dict[str, float | int | str]:
     tokenizer = make_tokenizer(docs + [demonstration() for _ in range(len(docs))], recipe.vocab_size)
     sft = make_lm(tokenizer, recipe)
     train_lm(sft, tokenizer, lambda: next(stream), recipe.pretrain_steps, recipe.lr, recipe.batch)
-    mixture = lambda: demonstration() if rng.random() < 0.6 else next(stream)  # noqa: E731
+    mixture = lambda: demonstration() if rng.random() < 0.7 else next(stream)
     train_lm(sft, tokenizer, mixture, recipe.sft_steps, recipe.lr, recipe.batch)
     save(sft, tokenizer, out / "sft")
 
@@ -98,7 +100,7 @@ def _make(out: Path, recipe: Recipe) -> dict[str, float | int | str]:
     reward_model = train_reward_model(out / "sft", labelled, rng, recipe)
     unit = score(reward_model, labelled.rows).std().item()
     with torch.no_grad():  # Bradley-Terry fixes no unit: take the SFT model's standard deviation
-        reward_model.score.weight /= unit
+        score_head(reward_model).weight /= unit
     save(reward_model, tokenizer, out / "reward_model")
 
     fresh = sample(sft, tokenizer, heldout, replace(recipe, samples_per_prompt=16))
@@ -216,7 +218,12 @@ def optimise(model: PreTrainedModel, losses: Iterable[Callable[[], Tensor]], ste
 
 
 def train_lm(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, draw: Callable[[], str], steps: int, lr: float, batch: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    draw: Callable[[], str],
+    steps: int,
+    lr: float,
+    batch: int,
 ) -> None:
     """`steps` batches of texts from `draw`; never the same text twice, so there is nothing to overfit."""
 
@@ -260,7 +267,7 @@ def sample(
         for letter, prompt, response in zip(chunk, prompts["input_ids"].tolist(), ids[:, width:].tolist(), strict=True):
             finished = eos in response
             response = response[: response.index(eos)] if finished else response
-            text = tokenizer.decode(response)
+            text = str(tokenizer.decode(response))
             found.rows.append([t for t in prompt if t != tokenizer.pad_token_id] + response + [eos] * finished)
             found.preferences.append(grammar.preference(letter, text, finished))
             found.finished.append(finished)
@@ -270,7 +277,7 @@ def sample(
 def train_reward_model(start: Path, samples: Samples, rng: random.Random, recipe: Recipe) -> PreTrainedModel:
     """Bradley-Terry over all pairs of siblings, each pair labelled once by a labeller who sometimes errs."""
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1)
-    torch.nn.init.normal_(model.score.weight, std=recipe.hidden**-0.5)  # type: ignore[union-attr, arg-type]
+    torch.nn.init.normal_(score_head(model).weight, std=recipe.hidden**-0.5)
     group, per_step = samples.group_size, 32
     left, right = torch.triu_indices(group, group, 1)
     truth = torch.tensor(samples.preferences).view(-1, group)
@@ -287,8 +294,15 @@ def train_reward_model(start: Path, samples: Samples, rng: random.Random, recipe
         return -logsigmoid(margin).mean() + 0.01 * scores.mean() ** 2  # pairs say nothing of the level: keep it near 0
 
     print("reward model", flush=True)
-    optimise(model, ((lambda step=step: loss_of(step)) for step in range(steps)), steps, recipe.rm_lr)
+    optimise(model, (partial(loss_of, step) for step in range(steps)), steps, recipe.rm_lr)
     return model
+
+
+def score_head(model: PreTrainedModel) -> torch.nn.Linear:
+    """The classifier's last layer, [1, hidden] without bias."""
+    head = model.get_submodule("score")
+    assert isinstance(head, torch.nn.Linear)
+    return head
 
 
 def reward_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -316,7 +330,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make the demo's models, tokenizer and texts.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="part of the recipe: another number rounds differently")
+    parser.add_argument("--threads", type=int, default=1, help="part of the recipe: another number rounds differently")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     print(json.dumps(make(arguments.out, Recipe(seed=arguments.seed)), indent=1))
