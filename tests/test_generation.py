@@ -105,6 +105,33 @@ def test_sampled_frequencies_pass_a_chi_square_test(sampling: Sampling) -> None:
     assert chi_square < dof + 5 * (2 * dof) ** 0.5 + 5, (chi_square, dof)
 
 
+def chi_square_of_first_tokens(model: PreTrainedModel, n: int, sampling: Sampling) -> None:
+    """The whole path: n siblings of one prompt, their first tokens against the model's own softmax."""
+    device = model.device
+    ids = torch.tensor([[3, 1, 4]], device=device).expand(n, 3)
+    out = generate(
+        model, ids, torch.ones_like(ids, dtype=torch.bool), sampling,
+        stop_ids=(), pad_id=0, generator=torch.Generator(device).manual_seed(0), group_size=n,
+    )  # fmt: skip
+    with torch.no_grad():
+        full = (model(ids[:1]).logits[0, -1].double() / sampling.temperature).softmax(-1)
+    expected = torch.zeros_like(full)
+    ranked = full.argsort(descending=True)[: sampling.top_k or None]
+    before = full[ranked].cumsum(0) - full[ranked]
+    ranked = ranked[before < sampling.top_p * full[ranked].sum()]
+    expected[ranked] = full[ranked] / full[ranked].sum() * n
+    counts, kept = out.tokens[:, 0].bincount(minlength=len(full)), expected > 0
+    assert counts[~kept].sum() == 0
+    chi_square = ((counts[kept] - expected[kept]).square() / expected[kept]).sum()
+    dof = int(kept.sum()) - 1
+    assert chi_square < dof + 5 * (2 * dof) ** 0.5 + 5, (chi_square, dof)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1), Sampling(1, 0.6), Sampling(1, 1.5, top_k=5), Sampling(1, top_p=0.7)])
+def test_first_tokens_are_drawn_from_the_models_softmax(sampling: Sampling) -> None:
+    chi_square_of_first_tokens(tiny_lm(vocab_size=16), 4000, sampling)
+
+
 def test_padding_side_and_width_change_nothing() -> None:
     model, (ids, mask) = tiny_lm("gpt2"), prompts()
     ask = Sampling(10, temperature=0)

@@ -1,0 +1,111 @@
+"""Generation on CUDA: recorded steps, the kernels within them, and no wait of the host for a token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fakes import ARCHS, tiny_lm
+from test_generation import STOPS, chi_square_of_first_tokens, hf_greedy, prompts, rescore
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import torchbandit.generation as generation
+from torchbandit.generation import Generated, Sampling, generate, release
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: recorded steps and Triton kernels")
+MANY_STOPS = tuple(range(0, 259, 7))
+
+
+def cuda_case(arch: str = "llama", rows: int = 20) -> tuple[PreTrainedModel, Tensor, Tensor]:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ids, mask = prompts(rows)
+    return tiny_lm(arch).cuda(), ids.cuda(), mask.cuda()
+
+
+def call(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    stops: tuple[int, ...] = MANY_STOPS,
+    **how: int,
+) -> Generated:
+    gen = torch.Generator("cuda").manual_seed(how.pop("seed", 0))
+    return generate(model, ids, mask, sampling, stop_ids=stops, pad_id=0, generator=gen, **how)
+
+
+@pytest.mark.parametrize("places", [None, 9])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_greedy_equals_transformers(arch: str, places: int | None) -> None:
+    model, ids, mask = cuda_case(arch)
+    out = call(model, ids, mask, Sampling(40, 0, places=places), STOPS)
+    assert torch.equal(out.tokens, hf_greedy(model, ids, mask, 40, STOPS))
+    torch.testing.assert_close(out.log_probs, rescore(model, ids, mask, out, 1.0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kept_log_probs_equal_a_rescore(arch: str) -> None:
+    model, ids, mask = cuda_case(arch, 60)
+    for ask in (Sampling(40, 0.8), Sampling(40, 0.8, places=16), Sampling(40, 1.4, top_k=20, top_p=0.9)):
+        out = call(model, ids, mask, ask)
+        assert out.finished.any() and (~out.mask).any()
+        mine = rescore(model, ids, mask, out, ask.temperature)
+        torch.testing.assert_close(out.log_probs, mine, rtol=1e-3, atol=1e-3)
+        again = call(model, ids, mask, ask)
+        assert torch.equal(out.tokens, again.tokens) and torch.equal(out.log_probs, again.log_probs)
+        assert not torch.equal(out.tokens, call(model, ids, mask, ask, seed=1).tokens)
+
+
+def test_the_batch_shrinks_to_smaller_graphs_and_freed_places_are_taken() -> None:
+    model, ids, mask = cuda_case(rows=90)
+    call(model, ids, mask, Sampling(80, places=32))
+    steps = generation._engines[model].steps
+    assert steps == sorted(steps, reverse=True) and steps[0] == 32 and steps[-1] == 8
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1), Sampling(1, 0.6), Sampling(1, 1.5, top_k=5), Sampling(1, top_p=0.7)])
+def test_sampled_frequencies_pass_a_chi_square_test(sampling: Sampling) -> None:
+    chi_square_of_first_tokens(tiny_lm(vocab_size=16).cuda(), 40_000, sampling)
+
+
+def test_training_reaches_the_recorded_step_without_recording_anew() -> None:
+    model, ids, mask = cuda_case()
+    call(model, ids, mask, Sampling(12), ())
+    stepper = generation._engines[model].stepper
+    spent, graphs = stepper.record_s, dict(stepper._graphs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model(ids).logits.logsumexp(-1).mean().backward()
+    optimizer.step()
+    out = call(model, ids, mask, Sampling(12), ())
+    assert stepper.record_s == spent and stepper._graphs == graphs
+    torch.testing.assert_close(out.log_probs, rescore(model, ids, mask, out, 1.0), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.data = weight.data * 1.1  # other addresses
+    out = call(model, ids, mask, Sampling(12), ())
+    assert stepper.record_s > spent
+    torch.testing.assert_close(out.log_probs, rescore(model, ids, mask, out, 1.0), rtol=1e-3, atol=1e-3)
+
+
+def test_no_wait_for_the_device_in_a_token() -> None:
+    model, ids, mask = cuda_case()
+    call(model, ids, mask, Sampling(30), ())
+    stepper = generation._engines[model].stepper
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            for _ in range(3):
+                stepper(model, len(ids), 30, True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_release_frees_the_cache() -> None:
+    model, ids, mask = cuda_case()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    call(model, ids, mask, Sampling(200), ())
+    assert torch.cuda.memory_allocated() - before > 20 * 200 * 2 * 2 * 16 * 4
+    release(model)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() - before < 100_000
