@@ -6,6 +6,8 @@ import naive
 import pytest
 import torch
 from fakes import ARCHS, byte_tokenizer, fake_batch, tiny_lm, tiny_reward_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from torchbandit.responses import stop_mask
@@ -156,6 +158,38 @@ def test_a_token_that_nothing_precedes_has_no_log_prob() -> None:
         assert got[0, 0].isnan() and got.isnan().sum() == 1
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    kind=st.sampled_from(LAYOUTS), seed=st.integers(0, 10**6), groups=st.integers(1, 5), group_size=st.integers(1, 4),
+    width=st.integers(1, 12), reply=st.integers(1, 12), extra=st.integers(0, 5), budget=st.integers(1, 200),
+)  # fmt: skip
+def test_any_batch_any_layout(
+    kind: str, seed: int, groups: int, group_size: int, width: int, reply: int, extra: int, budget: int
+) -> None:
+    """Whatever the sizes: permuted by group, padded wider with junk and cut into other packs, the scores stay."""
+    lm, rm = _MODELS
+    td = fake_batch(groups, group_size, width, reply, seed=seed, empty_rows=seed % 2)
+    args = naive.tensors(td)
+    with torch.no_grad():
+        want, scores = naive.log_probs(lm, args)[0], naive.scores(rm, args)
+        order = torch.randperm(groups, generator=torch.Generator().manual_seed(seed)).repeat_interleave(group_size)
+        order = order * group_size + torch.arange(group_size).repeat(groups)
+        junk = torch.randint(-9, 10**6, (len(order), extra))
+        no = torch.zeros(junk.shape, dtype=torch.bool)
+        moved = (
+            torch.cat((junk, args[0]), 1)[order], torch.cat((no, args[1]), 1)[order],
+            torch.cat((args[2], junk), 1)[order], torch.cat((args[3], no), 1)[order],
+        )  # fmt: skip
+        plan = layout(kind, moved, group_size, budget)
+        got = log_probs(lm, *moved, plan=plan)
+        torch.testing.assert_close(got[:, :reply], want[order], **TOL)
+        assert (got[:, reply:] == 0).all()
+        torch.testing.assert_close(sequence_scores(rm, *moved, plan=plan), scores[order], equal_nan=True, **TOL)
+
+
+_MODELS = (tiny_lm("gpt2"), tiny_reward_model("llama"))
+
+
 # --- traps -----------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +234,18 @@ def test_trap_03_positions_under_left_padding() -> None:
     wrong = model(ids, attention_mask=mask, position_ids=at).logits.log_softmax(-1)[:, args[0].shape[1] - 1 : -1]
     wrong = wrong.gather(2, args[2][..., None]).squeeze(-1)
     assert (wrong - want)[args[3]].abs().max() > 0.1
+
+
+def test_trap_04_batch_shape_moves_bf16() -> None:
+    """In bf16 a row's log-probs depend on its company. What is promised is a distance to float32, per dtype."""
+    args = naive.tensors(fake_batch(num_prompts=8))
+    model = tiny_lm("llama", hidden_size=64).bfloat16()
+    want, _ = naive.log_probs(tiny_lm("llama", hidden_size=64).bfloat16().float(), args)
+    together = log_probs(model, *args)
+    alone = torch.cat([log_probs(model, *(x[i : i + 1] for x in args)) for i in range(16)])
+    for got in (together, alone):
+        assert (got - want).abs().max() < 0.15 and (got - want)[args[3]].abs().mean() < 0.02
+    assert not torch.equal(together, want), "bitwise equality is not to be had, nor promised"
 
 
 def test_trap_06_the_sampled_ids_are_scored() -> None:

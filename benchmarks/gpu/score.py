@@ -45,6 +45,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     tiny: bool
+    profile: bool = False
     matmul: float = 0.0
     copy: float = 0.0
 
@@ -85,7 +86,7 @@ class Run:
 
 def build(run: Run, shape: str, kind: type[PreTrainedModel], compile: bool, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    config = LlamaConfig(**run.shape(shape), max_position_embeddings=8192, pad_token_id=0, num_labels=1, dtype=run.dtype)
+    config = LlamaConfig(**run.shape(shape), max_position_embeddings=8192, pad_token_id=0, num_labels=1)
     config._attn_implementation = "sdpa"
     with torch.device(run.device):
         default = torch.get_default_dtype()
@@ -250,6 +251,8 @@ def rm_row(run: Run, shape: str = "1b", num: int = 512, arrival: bool = True) ->
         row["compile_s"] = _once(run, lambda: sequence_scores(model, *args, plan=plan))
         check("rm compiled", sequence_scores(model, *args, plan=plan)[some], base[some], exact)
         seconds = run.time(lambda: sequence_scores(model, *args, plan=make_plan(args[1], args[3])), 5)
+        if run.profile:
+            profile(run, lambda: sequence_scores(model, *args, plan=plan))
     row["compiled_tok_s"] = tokens_of(args) / seconds
     row["tflops"] = flops(model, args) / seconds / 1e12
     row["of_ceiling"] = flops(model, args) / seconds / run.matmul
@@ -259,6 +262,20 @@ def rm_row(run: Run, shape: str = "1b", num: int = 512, arrival: bool = True) ->
     if arrival:
         row["over_arrival"] = row["compiled_tok_s"] / row["hf_arrival_tok_s"]
     return row
+
+
+def profile(run: Run, work: Callable[[], Any], limit: int = 12) -> None:
+    """Print the kernels that one call spends its time in, and what part of it none runs."""
+    if run.device.type != "cuda":
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        seconds = _once(run, work)
+    kernels = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in kernels) / 1e6
+    print(f"  {seconds * 1e3:.0f} ms, of which kernels {total * 1e3:.0f} ms:")
+    for event in kernels[:limit]:
+        share = event.self_device_time_total / 1e6 / total
+        print(f"    {share:6.1%} {event.count:6} x {event.key[:100]}")
 
 
 def _once(run: Run, work: Callable[[], Any]) -> float:
@@ -295,6 +312,8 @@ def ref_row(run: Run) -> dict[str, Any]:
         check("ref compiled", ours().sum(1)[some], base[some], exact)
         seconds = run.time(ours, 5)
         row["compiled_peak_gb"] = run.peak(ours)
+        if run.profile:
+            profile(run, ours)
     row["compiled_tok_s"] = tokens_of(args) / seconds
     row["of_ceiling"] = flops(model, args, int(args[3].sum())) / seconds / run.matmul
     row["over_sorted"] = row["compiled_tok_s"] / row["hf_sorted_tok_s"]
@@ -354,6 +373,8 @@ def grad_row(run: Run) -> dict[str, Any]:
         cell["over_sorted"] = cell["tok_s"] / row["hf_sorted_tok_s"]
         cell["peak_of_sorted"] = cell["peak_gb"] / max(row["hf_sorted_peak_gb"], 1e-9)
         row[f"micro_{budget}"] = cell
+        if run.profile and budget == 16384:
+            profile(run, ours)
     return row
 
 
@@ -384,7 +405,7 @@ def groups_row(run: Run) -> dict[str, Any]:
             for share, plan in plans.items():
                 got = sequence_scores(model, *args, plan=plan)
                 check(f"groups {prompt}/{reply}", got, base, None)
-                seconds[share] = run.time(lambda p=plan: sequence_scores(model, *args, plan=p))
+                seconds[share] = run.time(lambda a=args, p=plan: sequence_scores(model, *a, plan=p))
             hf = run.time(lambda p=padded: p.scores(model), 2)
         auto = make_plan(args[1], args[3], group_size=8)
         out[f"P{prompt}_C{reply}"] = {
@@ -403,9 +424,10 @@ def flat_row(run: Run) -> dict[str, Any]:
     model = build(run, "1b", LlamaForSequenceClassification, compile=True)
     out = {}
     with torch.no_grad():
-        for num in (16, 32) if run.tiny else (64, 256, 1024, 4096):
+        for num in (16, 32) if run.tiny else (64, 512, 4096):
             args = ragged(run, num)
-            out[str(num)] = run.time(lambda a=args: sequence_scores(model, *a), 2) / tokens_of(args) * 1e6
+            seconds = run.time(lambda a=args: sequence_scores(model, *a), 3 if num < 1024 else 1)
+            out[str(num)] = seconds / tokens_of(args) * 1e6
     return {"us_per_token": out, "spread": max(out.values()) / min(out.values())}
 
 
@@ -422,6 +444,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=",".join(ROWS), help="rows, by comma: " + ", ".join(ROWS))
     parser.add_argument("--tiny", action="store_true", help="a smoke test: tiny models, few rows, CPU, float32")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of rm, ref and grad")
     options = parser.parse_args()
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(ROWS):
@@ -429,7 +452,7 @@ def main() -> None:
     device = torch.device("cpu" if options.tiny or not torch.cuda.is_available() else "cuda")
     if device.type == "cpu" and not options.tiny:
         parser.error("no CUDA device here; --tiny runs a smoke test on the CPU")
-    run = Run(device, torch.float32 if options.tiny else torch.bfloat16, options.tiny)
+    run = Run(device, torch.float32 if options.tiny else torch.bfloat16, options.tiny, options.profile)
     ceilings(run)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"{name}: matmul {run.matmul / 1e12:.0f} TFLOP/s, copy {run.copy / 1e12:.2f} TB/s; torch {torch.__version__}")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from torchbandit.scoring.forward import hidden_states, own_scores
 from torchbandit.scoring.plan import Packing, Plan, make_plan
+from torchbandit.scoring.routes import route_of
 
 __all__ = [
     "Packing",
@@ -24,6 +25,7 @@ __all__ = [
     "corpus_loss",
     "log_probs",
     "make_plan",
+    "prepare",
     "sequence_scores",
     "token_scores",
     "token_values",
@@ -36,6 +38,11 @@ class TokenScores(NamedTuple):
     log_probs: Tensor
     entropy: Tensor | None
     values: Tensor | None
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Find out how `model` may be run, which takes a few tokens and one sync; else its first scoring does it."""
+    route_of(model)
 
 
 def log_probs(

@@ -75,7 +75,7 @@ def reduction(model: nn.Module, function: Callable[..., Any]) -> Callable[..., A
         call = own(function)
 
         def reduce(logits: Tensor, *args: Any) -> Any:
-            torch._dynamo.mark_static(logits, 1)  # type: ignore[no-untyped-call]
+            torch._dynamo.mark_static(logits, 1)
             with no_duck_shapes():
                 return call(logits, *args)
 

@@ -106,14 +106,14 @@ def make_plan(
     if token_budget is None:
         token_budget = 32768 if prompt_mask.is_cuda else 4096
     prompt, reply = prompt_mask.sum(1), response_mask.sum(1)
-    strangers = torch.zeros_like(prompt)
-    if group_id is not None and group_size > 1:
-        strangers = (group_id != group_id[::group_size].repeat_interleave(group_size, output_size=B)).long()
     prompts: list[int] | None = None
     replies: list[int] | None = None
     if packing:
-        prompts, replies, strange = torch.stack((prompt, reply, strangers)).tolist()
-        group_size = 1 if any(strange) else group_size
+        counts = [prompt, reply]
+        if group_id is not None and group_size > 1:
+            counts.append((group_id != group_id[::group_size].repeat_interleave(group_size, output_size=B)).long())
+        prompts, replies, *strangers = torch.stack(counts).tolist()
+        group_size = 1 if any(any(flags) for flags in strangers) else group_size
     full = torch.cat((prompt_mask, response_mask), 1)
     plan = Plan(
         prompt_mask=prompt_mask,
