@@ -37,8 +37,10 @@ def _train_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(options: Any) -> int:
-    from torchbandit.train.run import Interrupted, train
+    from torchbandit.train.run import Interrupted
 
+    # Both engines take the same options and leave the same files.
+    train = importlib.import_module(f"torchbandit.{'rllib' if options.engine == 'rllib' else 'train'}.run").train
     try:
         train(options)
     except Interrupted as stopped:
