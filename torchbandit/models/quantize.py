@@ -1,0 +1,108 @@
+"""Quantised weights: which layers become small, by whose kernels, and whether it came out so.
+
+Only the linear layers inside the repeated decoder layers are quantised. Whatever stands outside (embeddings, the score
+or LM head, projections beside them) and every norm keeps the model's dtype: a quantised score head gives rewards that
+are all one number (trap 13).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from torchbandit.models.spec import Quantization
+
+LIBRARY: dict[str, str] = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
+BITS: dict[str, float] = {"fp8": 8, "int8": 8, "nf4": 4 + 32 / 64}
+"""Bits a quantised weight takes, nf4's with its scales (a float32 for 64 weights)."""
+SMALLER: tuple[Quantization, ...] = ("fp8", "int8", "nf4")
+"""From the most exact and fastest to the smallest."""
+
+
+def why_not(quantization: Quantization, device: torch.device) -> str | None:
+    """What keeps a device from a quantisation; None if nothing does."""
+    library = LIBRARY[quantization]
+    if importlib.util.find_spec(library) is None:
+        return f"{library} is not installed: pip install 'torchbandit[quant]'"
+    if quantization == "fp8":
+        if device.type != "cuda":
+            return "fp8 matrix products need a CUDA device"
+        if torch.cuda.get_device_capability(device) < (8, 9):
+            return f"fp8 matrix products need compute capability 8.9, {torch.cuda.get_device_name(device)} has less"
+    return None
+
+
+def require_available(quantization: Quantization, device: torch.device) -> None:
+    """Raises:
+    ImportError: the library is missing; names the extra.
+    ValueError: the device cannot.
+    """
+    reason = why_not(quantization, device)
+    if reason is None:
+        return
+    message = f"quantization {quantization!r} on {device}: {reason}"
+    raise ImportError(message) if "pip install" in reason else ValueError(message)
+
+
+def config(quantization: Quantization, keep: list[str], dtype: torch.dtype) -> Any:
+    """What `from_pretrained` takes to quantise while it loads, tensor by tensor.
+
+    Args:
+        keep: names of the modules that stay as they are.
+        dtype: of the products.
+    """
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep
+        )
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8WeightOnlyConfig, PerRow
+
+    # int8: weights alone, a scale a row. torchao's product of int8 activations syncs with the host when not compiled.
+    kind = Int8WeightOnlyConfig() if quantization == "int8" else Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow()
+    )  # fmt: skip
+    return TorchAoConfig(kind, modules_to_not_convert=keep)
+
+
+def inside_layers(model: nn.Module) -> set[str]:
+    """Names of the linear layers that quantisation takes: those of the repeated layers."""
+    return {
+        f"{at}.{name}"
+        for at, layer in model.named_modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def outside_layers(model: nn.Module) -> list[str]:
+    """Names of the modules with a weight matrix that stay in high precision: heads and embeddings."""
+    taken = inside_layers(model)
+    kinds = (nn.Linear, nn.Embedding)
+    return sorted(name for name, module in model.named_modules() if isinstance(module, kinds) and name not in taken)
+
+
+def is_quantized(weight: Any) -> bool:
+    """Whether a weight is another thing than plain floating numbers."""
+    return not weight.is_floating_point() or type(getattr(weight, "data", weight)) is not torch.Tensor
+
+
+def check(model: PreTrainedModel, keep: list[str], name: str) -> None:
+    """That the heads are plain and the layers are not.
+
+    Raises:
+        ValueError: a module of `keep` was quantised, or nothing was.
+    """
+    weights = {n: m.weight for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor)}
+    wrong = [n for n in keep if n in weights and is_quantized(weights[n])]
+    if wrong:
+        raise ValueError(f"model {name}: {', '.join(wrong)} must stay in high precision, got quantised weights; this "
+                         "version of transformers is not supported")  # fmt: skip
+    if not any(is_quantized(weight) for weight in weights.values()):
+        raise ValueError(f"model {name}: {type(model).__name__} has no linear layers that can be quantised; load it "
+                         "with quantization=None")  # fmt: skip
