@@ -91,7 +91,7 @@ def test_reward_model_orders_fresh_held_out_pairs(shipped):
     _, _, reward_model, samples = shipped
     scores = make.score(reward_model, samples.rows).view(-1, samples.group_size)
     truth = torch.tensor(samples.preferences).view_as(scores)
-    assert make.pair_accuracy(scores, truth) > 0.82
+    assert make.pair_accuracy(scores, truth) > 0.86
     assert 0.85 < scores.std() < 1.15 and abs(scores.mean()) < 0.2  # its unit is an SFT standard deviation
 
 

@@ -60,23 +60,26 @@ class Recipe:
     max_new_tokens: int = 32
     samples_per_prompt: int = 4
     num_labelled_prompts: int = 4096
-    rm_epochs: int = 3
+    rm_epochs: int = 4
     rm_lr: float = 1e-3
-    label_slope: float = 1.0  # labellers err: P(a over b) = sigmoid(slope * difference in preference)
+    label_slope: float = 3.0  # labellers err: P(a over b) = sigmoid(slope * difference in preference)
 
 
-def make(out: Path, recipe: Recipe) -> dict[str, float | int | str]:
+def make(out: Path, recipe: Recipe) -> dict[str, float]:
     """Write all files of the demo into `out` and return what was measured (also in `made.json`)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return _make(out, recipe)
-
-
-def _make(out: Path, recipe: Recipe) -> dict[str, float | int | str]:
     out.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        measured = make_language_model(out, recipe) | make_reward_model(out, recipe)
+    measured = {key: round(value, 4) for key, value in measured.items()}
+    (out / "made.json").write_text(json.dumps({"recipe": asdict(recipe), "measured": measured}, indent=1) + "\n")
+    return measured
+
+
+def make_language_model(out: Path, recipe: Recipe) -> dict[str, float]:
+    """The texts, the tokenizer and `sft/`."""
+    torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
-    letters = grammar.letters(recipe.seed)
-    heldout, train = letters[: recipe.num_heldout_prompts], letters[recipe.num_heldout_prompts :]
+    heldout, train = split_letters(recipe)
     stream = grammar.corpus(recipe.seed)  # no repeats: held-out texts are never trained on
     heldout_docs = list(itertools.islice(stream, recipe.num_heldout_docs))
     docs = list(itertools.islice(stream, recipe.num_docs))
@@ -95,9 +98,17 @@ def _make(out: Path, recipe: Recipe) -> dict[str, float | int | str]:
     mixture = lambda: demonstration() if rng.random() < 0.7 else next(stream)
     train_lm(sft, tokenizer, mixture, recipe.sft_steps, recipe.lr, recipe.batch)
     save(sft, tokenizer, out / "sft")
+    return {"sft_parameters": sft.num_parameters(), "heldout_corpus_loss": lm_loss(sft, tokenizer, heldout_docs)}
 
+
+def make_reward_model(out: Path, recipe: Recipe) -> dict[str, float]:
+    """`reward_model/` from `sft/` and replies sampled from it; it is seeded anew, so it can be made again alone."""
+    torch.manual_seed(recipe.seed)
+    heldout, train = split_letters(recipe)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "sft")
+    sft = AutoModelForCausalLM.from_pretrained(out / "sft").eval()
     labelled = sample(sft, tokenizer, train[: recipe.num_labelled_prompts], recipe)
-    reward_model = train_reward_model(out / "sft", labelled, rng, recipe)
+    reward_model = train_reward_model(out / "sft", labelled, recipe)
     unit = score(reward_model, labelled.rows).std().item()
     with torch.no_grad():  # Bradley-Terry fixes no unit: take the SFT model's standard deviation
         score_head(reward_model).weight /= unit
@@ -107,10 +118,7 @@ def _make(out: Path, recipe: Recipe) -> dict[str, float | int | str]:
     scores = score(reward_model, fresh.rows).view(len(heldout), -1)
     truth = torch.tensor(fresh.preferences).view_as(scores)
     best = scores.max(1)
-    report: dict[str, float | int | str] = {
-        "torch": torch.__version__.split("+")[0],
-        "sft_parameters": sft.num_parameters(),
-        "heldout_corpus_loss": lm_loss(sft, tokenizer, heldout_docs),
+    return {
         "heldout_pair_accuracy": pair_accuracy(scores, truth),
         "heldout_score_mean": scores.mean().item(),
         "heldout_score_std": scores.std().item(),
@@ -120,9 +128,12 @@ def _make(out: Path, recipe: Recipe) -> dict[str, float | int | str]:
         "best_of_16_preference_mean": truth.gather(1, best.indices[:, None]).mean().item(),
         "finished_share": statistics.mean(fresh.finished),
     }
-    report = {key: round(value, 4) if isinstance(value, float) else value for key, value in report.items()}
-    (out / "made.json").write_text(json.dumps({"recipe": asdict(recipe), "measured": report}, indent=1) + "\n")
-    return report
+
+
+def split_letters(recipe: Recipe) -> tuple[list[grammar.Letter], list[grammar.Letter]]:
+    """Held-out letters, and all others."""
+    letters = grammar.letters(recipe.seed)
+    return letters[: recipe.num_heldout_prompts], letters[recipe.num_heldout_prompts :]
 
 
 def write_jsonl(path: Path, key: str, texts: Iterable[str]) -> None:
@@ -274,7 +285,7 @@ def sample(
     return found
 
 
-def train_reward_model(start: Path, samples: Samples, rng: random.Random, recipe: Recipe) -> PreTrainedModel:
+def train_reward_model(start: Path, samples: Samples, recipe: Recipe) -> PreTrainedModel:
     """Bradley-Terry over all pairs of siblings, each pair labelled once by a labeller who sometimes errs."""
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1)
     torch.nn.init.normal_(score_head(model).weight, std=recipe.hidden**-0.5)
@@ -283,7 +294,7 @@ def train_reward_model(start: Path, samples: Samples, rng: random.Random, recipe
     truth = torch.tensor(samples.preferences).view(-1, group)
     wins = torch.rand(len(truth), len(left)) < torch.sigmoid(recipe.label_slope * (truth[:, left] - truth[:, right]))
     signs = wins.float() * 2 - 1
-    order = [i for _ in range(recipe.rm_epochs) for i in rng.sample(range(len(truth)), len(truth))]
+    order = torch.cat([torch.randperm(len(truth)) for _ in range(recipe.rm_epochs)]).tolist()
     steps = len(order) // per_step
 
     def loss_of(step: int) -> Tensor:
