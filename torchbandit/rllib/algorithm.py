@@ -96,6 +96,7 @@ class BanditPPO(PPO):
         """Sample, learn, and send the new weights to every runner that has a module of its own."""
         with self.metrics.log_time((names.TIMERS, names.ENV_RUNNER_SAMPLING_TIMER)):
             batch = self._sample()
+        started = time.perf_counter()
         with self.metrics.log_time((names.TIMERS, names.LEARNER_UPDATE_TIMER)):
             seen = self.metrics.peek((names.ENV_RUNNER_RESULTS, names.NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
             results = self.learner_group.update(
@@ -107,11 +108,15 @@ class BanditPPO(PPO):
                 group_size=self._group_size,
             )
             self.metrics.aggregate(results, key=names.LEARNER_RESULTS)
+        learned = time.perf_counter()
         if not self._local:
             with self.metrics.log_time((names.TIMERS, names.SYNCH_WORKER_WEIGHTS_TIMER)):
                 self.env_runner_group.sync_weights(
                     from_worker_or_learner_group=self.learner_group, inference_only=True
                 )
+        # RLlib's timers are moving averages; these are of this iteration.
+        self.metrics.log_value(("time", "learn_s"), learned - started, window=1)
+        self.metrics.log_value(("time", "sync_s"), time.perf_counter() - learned, window=1)
 
     @property
     def _local(self) -> bool:
@@ -264,9 +269,23 @@ class BanditPPO(PPO):
             self._places = state[PLACES]
             self._send_places()
 
+    def save_to_path(self, path: str | Path | None = None, **kwargs: Any) -> str:
+        """As RLlib's, which takes no relative path."""
+        return str(super().save_to_path(_whole(path), **kwargs))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As RLlib's, which takes no relative path."""
+        return super().from_checkpoint(_whole(path), *args, **kwargs)
+
     def restore_from_path(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
         """As RLlib's, with the weights on every runner when it returns."""
-        super().restore_from_path(path, *args, **kwargs)
+        super().restore_from_path(_whole(path), *args, **kwargs)
         for group in (self.env_runner_group, self.eval_env_runner_group):
             if group is not None:
                 self._send_weights(group)
+
+
+def _whole(path: str | Path | None) -> str | Path | None:
+    """A local path from the root; a URI (s3://…) as it is."""
+    return path if path is None or "://" in str(path) else Path(path).absolute()

@@ -1,0 +1,268 @@
+"""`torchbandit train --engine rllib`: the options, files and outputs of the local engine, on runners and learners."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+import torch
+from accelerate import Accelerator
+from ray.rllib.core import DEFAULT_MODULE_ID
+from tqdm import tqdm
+
+from torchbandit.env import BanditEnv
+from torchbandit.models import ModelSpec
+from torchbandit.policy import CausalLMPolicy
+from torchbandit.rllib.algorithm import BanditPPO
+from torchbandit.rllib.config import BanditPPOConfig
+from torchbandit.rllib.wire import unpack
+from torchbandit.train import build, checkpoint, report
+from torchbandit.train import run as local
+from torchbandit.train.loop import schedule_factor
+from torchbandit.train.options import TrainOptions
+
+FREE = checkpoint.FREE | {"env_runners", "learners"}
+
+
+class EnvOfOptions:
+    """The env_fn of a run: what the local engine builds, in every runner. Imported user functions load there."""
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options = options
+
+    def __call__(self, worker_index: int, num_workers: int, device: torch.device) -> BanditEnv:
+        return build.build_env(self.options, build.build_tokenizer(self.options), device)
+
+
+def train(options: TrainOptions) -> Path:
+    """Train as `options` say through `BanditPPO`; the run's folder is that of `torchbandit.train.run.train`.
+
+    Raises:
+        ValueError: as there, and for an `algo` other than ppo.
+        Interrupted: after Ctrl-C or SIGTERM, once the iteration has ended and a checkpoint is written.
+    """
+    if options.algo != "ppo":
+        raise ValueError(f"algo: the rllib engine trains ppo alone, got {options.algo}; use --engine local for it")
+    out, device = Path(options.out), build.pick_device(options)
+    local._claim(out, options)
+    with _cluster(options):
+        algo = to_config(options, device).build_algo()
+        env_fn = EnvOfOptions(options)
+        try:
+            return _run(algo, options, out, env_fn, device)
+        finally:
+            algo.stop()
+
+
+def to_config(options: TrainOptions, device: torch.device) -> BanditPPOConfig:
+    """The same run as a `BanditPPOConfig`.
+
+    Raises:
+        ValueError: rows do not divide over learners and minibatches.
+    """
+    assert options.policy is not None and options.group_size is not None
+    rows = options.num_prompts * options.group_size * max(1, options.env_runners)
+    share, left = divmod(rows, max(1, options.learners))
+    if left or share % options.minibatches:
+        raise ValueError(
+            f"minibatches, learners: must divide the batch of {rows} rows (num_prompts x group_size x env_runners), "
+            f"got {options.minibatches} and {options.learners}"
+        )
+    gpus = _gpus(options) if device.type == "cuda" else 0.0
+    spec = lambda path: ModelSpec(path, dtype=options.dtype, compile=options.compile)
+    length = min(options.ptx_length, build._context(options.policy, build.build_tokenizer(options)))
+    config = BanditPPOConfig()
+    config.bandit(env_fn=EnvOfOptions(options), sampling=build.build_sampling(options))
+    config.env_runners(
+        num_env_runners=options.env_runners,
+        num_cpus_per_env_runner=1,
+        num_gpus_per_env_runner=gpus if options.env_runners else 0,
+    )
+    config.learners(num_learners=options.learners, num_gpus_per_learner=gpus)
+    config.rl_module(
+        pretrained=spec(options.policy),
+        critic="head" if options.critic in (None, "head") else spec(options.critic),
+        gradient_checkpointing=options.gradient_checkpointing,
+        packing=options.packing,
+    )
+    config.training(
+        lr=_learning_rate(options, rows),
+        num_epochs=options.epochs,
+        minibatch_size=share // options.minibatches,
+        micro_batch_size=options.micro_batch_size,
+        clip_param=options.clip,
+        clip_param_high=options.clip_high,
+        vf_clip_param=options.value_clip or None,
+        vf_loss_coeff=options.value_coef,
+        entropy_coeff=options.entropy_coef,
+        gamma=options.gamma,
+        lambda_=options.lam,
+        grad_clip=options.max_grad_norm,
+        optimizer={"weight_decay": options.weight_decay},
+        ptx_coef=options.ptx_coef,
+        ptx_data=options.ptx_data if options.ptx_coef else None,
+        ptx_batch_size=options.ptx_batch_size,
+        ptx_length=length,
+    )
+    config.debugging(seed=options.seed)
+    return config
+
+
+def _learning_rate(options: TrainOptions, rows: int) -> Any:
+    """A number, or RLlib's list of (rows sampled, rate): the local engine's schedule, exact at every iteration."""
+    if options.schedule == "constant" and not options.warmup_steps:
+        return options.lr
+    factor = lambda step: schedule_factor(options.schedule, step, options.steps, options.warmup_steps)
+    return [[step * rows, options.lr * factor(step)] for step in range(options.steps + 1)]
+
+
+def _gpus(options: TrainOptions) -> float:
+    """An actor's share of the GPUs of this machine."""
+    actors = max(1, options.env_runners + options.learners)
+    return min(1.0, torch.cuda.device_count() / actors)
+
+
+@contextlib.contextmanager
+def _cluster(options: TrainOptions) -> Iterator[None]:
+    """The cluster of RAY_ADDRESS, one that is up already, or one of this machine with a logical CPU for each actor."""
+    mine = not ray.is_initialized()
+    if mine:
+        quiet: dict[str, Any] = dict(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        actors = options.env_runners + options.learners
+        ray.init(**({} if os.environ.get("RAY_ADDRESS") else {"num_cpus": actors + 1, **quiet}))
+    try:
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _run(algo: BanditPPO, options: TrainOptions, out: Path, env_fn: EnvOfOptions, device: torch.device) -> Path:
+    done = 0
+    if options.resume:
+        done = _resume(algo, options, out / "checkpoint")
+    policy, env = _driver_policy(algo, options, device), env_fn(0, 1, device)
+    judge = local._Judge(options, SimpleNamespace(policy=policy, env=env))  # type: ignore[arg-type]
+    accelerator = Accelerator(cpu=True, log_with=list(options.log_with) or None, project_dir=str(out))
+    if options.log_with:
+        accelerator.init_trackers(options.name or "torchbandit", config=local._plain(asdict(options)))
+    try:
+        before = judge.before(out / "evaluation.json")
+        _loop(algo, options, out, done, accelerator)
+        _fill(policy, algo)
+        after = judge()
+        policy.save_pretrained(out / "policy")
+        report.write_evaluation(out / "evaluation.json", before, after)
+        report.write_samples(out / "samples.md", before, after)
+        report.write_curve(out / "metrics.jsonl", out / "curve.png")
+        tqdm.write(report.summary(before, after))
+        tqdm.write(f"\n{out}: metrics.jsonl curve.png samples.md evaluation.json policy/ checkpoint/")
+    finally:
+        env.close()
+        if options.log_with:
+            accelerator.end_training()
+    return out
+
+
+def _loop(algo: BanditPPO, options: TrainOptions, out: Path, done: int, accelerator: Accelerator) -> None:
+    with local._stop_signals() as stopped, report.Reporter(out, steps=options.steps, done=done) as reporter:
+        while done < options.steps:
+            started = time.perf_counter()
+            try:
+                result = algo.train()
+            except Exception:
+                if done:  # what failed had not begun to learn
+                    _save(algo, options, out / "checkpoint", done)
+                raise
+            done += 1
+            metrics = flat_metrics(result, done, time.perf_counter() - started, max(1, options.env_runners))
+            reporter(metrics)
+            if options.log_with:
+                accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=done)
+            if stopped or done == options.steps or (options.save_every and done % options.save_every == 0):
+                _save(algo, options, out / "checkpoint", done)
+            if stopped and done < options.steps:
+                raise local.Interrupted(
+                    f"stopped after step {done} of {options.steps}; the checkpoint is written, go on with the same "
+                    "command and --resume"
+                )
+
+
+def flat_metrics(result: dict[str, Any], step: int, seconds: float, runners: int) -> dict[str, float]:
+    """A line of metrics.jsonl from an iteration's result; runners work at the same time, so theirs is a mean."""
+    sampled, learned = result["env_runners"], result["learners"][DEFAULT_MODULE_ID]
+    times = {stage: float(sampled["time"][f"{stage}_s"]) / runners for stage in ("generate", "score")}
+    times["learn"] = float(result["time"]["learn_s"])
+    times["sync"] = float(result["time"]["sync_s"])
+    times["rest"] = max(0.0, seconds - sum(times.values()))
+    kept = ("reward", "kl", "unscorable", "truncated", "response_length")
+    return (
+        {"step": step}
+        | {name: float(sampled[name]) for name in kept if name in sampled}
+        | {f"reward_terms/{name}": float(value) for name, value in sampled["reward_terms"].items()}
+        | {name: float(value) for name, value in learned.items() if name.startswith("loss/") or name == "grad_norm"}
+        | {"samples_per_s": float(sampled["num_env_steps_sampled"]) / seconds}
+        | {f"time/{stage}_s": value for stage, value in times.items()}
+    )
+
+
+def _driver_policy(algo: BanditPPO, options: TrainOptions, device: torch.device) -> CausalLMPolicy:
+    """A policy to evaluate and save: the local learner's own, or one here that is filled from the learners."""
+    if algo.config.num_learners == 0:
+        policy = algo.learner_group._learner.module[DEFAULT_MODULE_ID].unwrapped().policy
+        assert isinstance(policy, CausalLMPolicy)
+        return policy
+    policy = build.build_policy(options, build.build_tokenizer(options), device)
+    _fill(policy, algo)
+    return policy
+
+
+def _fill(policy: CausalLMPolicy, algo: BanditPPO) -> None:
+    if algo.config.num_learners == 0:
+        return
+    weights = unpack(algo.learner_group.get_weights()[DEFAULT_MODULE_ID]["weights"])
+    own = policy.state_dict()
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name.removeprefix("policy.")].copy_(tensor)
+
+
+def _save(algo: BanditPPO, options: TrainOptions, folder: Path, done: int) -> None:
+    """Written beside its final name and then renamed, as the local engine does."""
+    fresh, stale = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    algo.save_to_path(fresh)
+    (fresh / "options.json").write_text(json.dumps(asdict(options) | {"steps_done": done}, indent=1), encoding="utf-8")
+    shutil.rmtree(stale, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, stale)
+    os.replace(fresh, folder)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
+def _resume(algo: BanditPPO, options: TrainOptions, folder: Path) -> int:
+    """Restore; steps done. ValueError where there is no such checkpoint, or it is another run's."""
+    if not (folder / "options.json").exists():
+        raise ValueError(f"resume: no checkpoint at {folder}; drop --resume, or name the run's folder with --out")
+    saved = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(asdict(options)))
+    differing = [name for name in now if name not in FREE and saved.get(name) != now[name]]
+    if differing:
+        told = "; ".join(f"{name} was {saved.get(name)!r}, is now {now[name]!r}" for name in differing)
+        raise ValueError(
+            f"resume: the checkpoint at {folder} is another run's: {told}. Use its options, or a new --out"
+        )
+    done = int(saved["steps_done"])
+    if done >= options.steps:
+        raise ValueError(f"steps: the run has done its {done} steps; ask for more with --steps")
+    algo.restore_from_path(folder)
+    return done
