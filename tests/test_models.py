@@ -99,10 +99,9 @@ def test_trap_05_foreign_tokenizer(tmp_path: Path, folder: Path) -> None:
         check_same_tokenizer(ours, tmp_path, "reward model")
     # The wrong check compares sizes alone: two tokens that change places pass it.
     swapped = byte_tokenizer()
-    vocabulary = swapped.get_vocab()
-    state = swapped.backend_tokenizer.to_str().replace('"A":%d' % vocabulary["A"], '"A":-1')
-    state = state.replace('"B":%d' % vocabulary["B"], '"B":%d' % vocabulary["A"])
-    state = state.replace('"A":-1', '"A":%d' % vocabulary["B"])
+    a, b = (swapped.get_vocab()[token] for token in "AB")
+    state = swapped.backend_tokenizer.to_str()
+    state = state.replace(f'"A":{a}', '"A":-1').replace(f'"B":{b}', f'"B":{a}').replace('"A":-1', f'"A":{b}')
     swapped._tokenizer = type(swapped.backend_tokenizer).from_str(state)
     swapped.save_pretrained(tmp_path / "swapped")
     assert len(swapped) == len(ours)
