@@ -106,6 +106,5 @@ def truncate(probs: Tensor, sampling: Sampling) -> Tensor:
         ordered, index = probs.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered
         kept = before < sampling.top_p * ordered.sum(-1, keepdim=True)
-        kept[..., 0] = True
         probs = probs * torch.zeros_like(kept).scatter_(-1, index, kept)
     return probs
