@@ -6,6 +6,8 @@ import torch
 from tensordict import TensorDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -14,7 +16,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from torchbandit.responses import stop_mask
 
@@ -97,7 +98,10 @@ def fake_batch(
     if empty_rows:
         mask[-empty_rows:] = False
     response = torch.where(mask, response, pad_id)
-    repeat = lambda x: x.repeat_interleave(group_size, 0)  # noqa: E731
+
+    def repeat(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(group_size, 0)
+
     return TensorDict(
         {
             "tokens": {"prompt": repeat(prompt), "response": response},

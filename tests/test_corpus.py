@@ -13,7 +13,7 @@ from torchbandit.corpus import Corpus
 
 def test_documents_end_with_eos_and_never_share_a_row():
     corpus = Corpus.from_texts(["abcdef", "xy", ""], byte_tokenizer(), max_length=4)
-    rows = [ids[mask].tolist() for ids, mask in zip(corpus.ids, corpus.mask)]
+    rows = [ids[mask].tolist() for ids, mask in zip(corpus.ids, corpus.mask, strict=True)]
     a, x = byte_tokenizer()("abcdef")["input_ids"], byte_tokenizer()("xy")["input_ids"]
     # The empty document is a lone eos, which predicts nothing.
     assert rows == [a[:4], [*a[4:], 258], [*x, 258]]

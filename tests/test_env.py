@@ -53,7 +53,8 @@ def test_reset_writes_the_contract():
             assert td[key].shape == spec.shape and td[key].dtype == spec.dtype, key
     assert td["prompt_id"].tolist() == td["prompt_id"][::2].repeat_interleave(2).tolist()
     assert td["group_id"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    texts = [byte_tokenizer().decode(ids[mask].tolist()) for ids, mask in zip(td[batch.PROMPT], td[batch.PROMPT_MASK])]
+    rows = zip(td[batch.PROMPT], td[batch.PROMPT_MASK], strict=True)
+    texts = [byte_tokenizer().decode(ids[mask].tolist()) for ids, mask in rows]
     assert texts == [TEXTS[i] for i in td["prompt_id"].tolist()]
 
 
@@ -97,13 +98,13 @@ def test_bad_counts(options, message):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        (("masks", "response"), torch.ones(8, 6), r"\(\"masks\",\"response\"\): must be bool \[8, 6\].*got float32.*stop_mask"),
+        (("masks", "response"), torch.ones(8, 6), r"\(\"masks\",\"response\"\): must be bool \[8, 6\].*float32.*stop"),
         (("masks", "response"), torch.ones(8, 5, dtype=torch.bool), r"must be bool \[8, 6\].*got bool \[8, 5\]"),
         (("tokens", "response"), torch.ones(8, 6), r"\(\"tokens\",\"response\"\): must be int64"),
         (("tokens", "response"), None, r"got no such key"),
         ("finished", torch.ones(8, 1, dtype=torch.bool), r'"finished": must be bool \[8\]'),
         ("temperature", torch.ones(8, dtype=torch.float64), r'"temperature": must be float32 \[8\].*got float64'),
-        (("tokens", "response"), torch.ones(8, 6, dtype=torch.int64, device="meta"), r"on cpu, got int64 \[8, 6\] on meta"),
+        (("tokens", "response"), torch.ones(8, 6, dtype=torch.int64, device="meta"), r"on cpu, got .* on meta"),
     ],
 )  # fmt: skip
 def test_bad_batches_are_named(key, value, words):
@@ -113,7 +114,7 @@ def test_bad_batches_are_named(key, value, words):
         del td[key]
     else:
         td = td.to_dict()  # a TensorDict would refuse a mixed device before the env sees it
-        td = TensorDict({k: v for k, v in td.items()}, batch_size=[8])
+        td = TensorDict(dict(td), batch_size=[8])
         td[key] = value
     with pytest.raises(ValueError, match=words):
         env.step(td)

@@ -13,7 +13,9 @@ from torchbandit.policy import CausalLMPolicy
 
 
 def make_policy(arch="llama", critic=None, T=6, **options):
-    return CausalLMPolicy(tiny_lm(arch), byte_tokenizer(), sampling=Sampling(max_new_tokens=T), critic=critic, **options)
+    return CausalLMPolicy(
+        tiny_lm(arch), byte_tokenizer(), sampling=Sampling(max_new_tokens=T), critic=critic, **options
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHS)

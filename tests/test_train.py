@@ -13,7 +13,6 @@ import pytest
 import torch
 from fakes import byte_tokenizer, tiny_lm, tiny_reward_model
 from safetensors.torch import load_file
-from torch.testing import assert_close
 
 from torchbandit.corpus import Corpus
 from torchbandit.env import BanditEnv
@@ -34,7 +33,9 @@ def likes_small_ids(td):
     return ((td["tokens", "response"] < 100) & mask).sum(-1).float() / mask.sum(-1).clamp(min=1)
 
 
-def make_trainer(algo="ppo", reward=likes_small_ids, num_prompts=16, group_size=4, corpus=None, kind=BanditTrainer, **options):
+def make_trainer(
+    algo="ppo", reward=likes_small_ids, num_prompts=16, group_size=4, corpus=None, kind=BanditTrainer, **options
+):
     tokenizer = byte_tokenizer()
     prompts = PromptSet.from_texts([f"prompt {i}" for i in range(32)], tokenizer, max_length=32)
     env = BanditEnv(prompts, reward, num_prompts=num_prompts, group_size=group_size)
@@ -80,8 +81,8 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path, algo):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
     script = str(HERE / "two_ranks.py")
     # accelerate starts several processes through MPI or as it does for GPUs; the script asks for the CPU itself.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
     one = subprocess.Popen([sys.executable, script, str(tmp_path / "one"), algo], env=env)
     subprocess.run([*launch, script, str(tmp_path / "two"), algo], env=env, check=True, timeout=300)
     assert one.wait(300) == 0
@@ -186,7 +187,14 @@ def options_for(root, out, **changes):
 def test_a_run_leaves_what_it_promises_and_resumes_bit_for_bit(folders, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train(options_for(folders, whole))
-    for name in ("metrics.jsonl", "curve.png", "samples.md", "evaluation.json", "policy/model.safetensors", "checkpoint"):
+    for name in (
+        "metrics.jsonl",
+        "curve.png",
+        "samples.md",
+        "evaluation.json",
+        "policy/model.safetensors",
+        "checkpoint",
+    ):
         assert (whole / name).exists(), name
     assert (whole / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
@@ -220,7 +228,11 @@ def test_a_run_leaves_what_it_promises_and_resumes_bit_for_bit(folders, tmp_path
 def test_what_was_trained_before_an_error_is_kept(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "breaks.py").write_text(
-        "calls = []\ndef reward(td):\n    calls.append(1)\n    if len(calls) == 5:\n        raise ValueError('broken')\n"
+        "calls = []\n"
+        "def reward(td):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 5:\n"
+        "        raise ValueError('broken')\n"
         "    return td['masks', 'response'].sum(-1).float()\n"
     )
     with pytest.raises(ValueError, match="broken"):

@@ -43,10 +43,19 @@ def main(out: str, algo: str) -> None:
     prompts = PromptSet.from_texts([f"prompt {i}" + "?" * (i % 4) for i in range(16)], tokenizer, max_length=32)
     terms = [RewardModel(tiny_reward_model(), normalize="running"), KLPenalty(tiny_lm(seed=3), coef=0.1, target=2.0)]
     env = BanditEnv(prompts, terms, num_prompts=8 // world, group_size=2)
-    policy = Scripted(tiny_lm(), tokenizer, sampling=Sampling(max_new_tokens=6), critic="head" if algo == "ppo" else None)
+    policy = Scripted(
+        tiny_lm(), tokenizer, sampling=Sampling(max_new_tokens=6), critic="head" if algo == "ppo" else None
+    )
     corpus = Corpus.from_texts([f"a document {i}" * (1 + i % 3) for i in range(32)], tokenizer)
     options = LoopOptions(
-        algo=algo, steps=3, epochs=2, lr=1e-3, ptx_coef=0.5, ptx_batch_size=8 // world, micro_batch_size=4, loss_kl_coef=0.1
+        algo=algo,
+        steps=3,
+        epochs=2,
+        lr=1e-3,
+        ptx_coef=0.5,
+        ptx_batch_size=8 // world,
+        micro_batch_size=4,
+        loss_kl_coef=0.1,
     )
     trainer = BanditTrainer(env, policy, options, corpus=corpus, accelerator=accelerator)
     lines = [trainer.step() for _ in range(3)]

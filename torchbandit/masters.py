@@ -74,7 +74,8 @@ class MasterOptimizer:
         if not live:
             return torch.zeros((), device=self._pairs[0][1].device)
         grads = [m.grad for m in live if m.grad is not None]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(grads[0].device) for n in torch._foreach_norm(grads)]))
+        norms = [n.to(grads[0].device) for n in torch._foreach_norm(grads)]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         finite = norm.isfinite()
         if grad_clip is not None:
             scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0)

@@ -29,6 +29,8 @@ SHAPE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, num
 TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
             vocab_size=512, max_position_embeddings=512)  # fmt: skip
 
+STAGES = ("generate", "score", "learn", "rest")
+
 
 class Work:
     """Sizes, weights, prompts: the same for both sides."""
@@ -44,7 +46,9 @@ class Work:
         core = Tokenizer(models.WordLevel(vocab, unk_token="t1"))
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         # The stop token is one that a random model draws once in 32000: practically every response is cut off.
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="t2", pad_token="t0", padding_side="left")
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=core, eos_token="t2", pad_token="t0", padding_side="left"
+        )
         gen = torch.Generator().manual_seed(0)
         low, high = (5, 9) if tiny else (97, 129)
         lengths = torch.randint(low, high, (self.num_prompts * 16,), generator=gen).tolist()
@@ -112,7 +116,7 @@ def ours(work: Work, steps: int, warm: int, profile: bool) -> dict[str, Any]:
         "name": "torchbandit", "world": world, "s_per_step": step_s, "spread": [min(seconds), max(seconds)],
         "samples_per_s": world * work.rows / step_s, "first_step_s": compile_s,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-        "split": {k: statistics.median(line[f"time/{k}_s"] for line in lines) for k in ("generate", "score", "learn", "rest")},
+        "split": {k: statistics.median(line[f"time/{k}_s"] for line in lines) for k in STAGES},
         "kl_first": first["kl"], "grad_norm": first["grad_norm"], "reward": [first["reward"], lines[-1]["reward"]],
     }  # fmt: skip
 

@@ -61,7 +61,7 @@ def _context(policy: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def build_terms(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """The reward terms: models first, then functions, length, KL. Models are named by path and load where they serve."""
+    """The reward terms: models first, then functions, length, KL. Models are named by path and load in place."""
     frozen: dict[str, Any] = dict(dtype=options.dtype, quantization=options.quantization, compile=options.compile)
     terms: list[Any] = []
     if options.reward_model:
@@ -114,9 +114,7 @@ def build_sampling(options: TrainOptions) -> Sampling:
     return Sampling(max_new_tokens=options.max_new_tokens, temperature=options.temperature, places=options.places)
 
 
-def build_policy(
-    options: TrainOptions, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> CausalLMPolicy:
+def build_policy(options: TrainOptions, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> CausalLMPolicy:
     """The trainable policy, with the critic that the algorithm needs."""
     assert options.policy is not None
     critic = options.critic
@@ -164,7 +162,9 @@ def import_function(name: str, option: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
-        raise ValueError(f"{option}: {module_name!r} cannot be imported ({error}); run where it can, or install it") from error
+        raise ValueError(
+            f"{option}: {module_name!r} cannot be imported ({error}); run where it can, or install it"
+        ) from error
     except AttributeError:
         raise ValueError(f"{option}: module {module_name!r} has no {attribute!r}") from None
     if not callable(function):

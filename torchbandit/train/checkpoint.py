@@ -66,7 +66,9 @@ def load(directory: Path, policy: nn.Module, options: Mapping[str, Any], rank: i
     if not directory.exists():
         stale = directory.with_name(directory.name + ".old")
         if not stale.exists():
-            raise ValueError(f"resume: no checkpoint at {directory}; drop --resume to begin a run, or name its folder with --out")
+            raise ValueError(
+                f"resume: no checkpoint at {directory}; drop --resume to begin a run, or name its folder with --out"
+            )
         os.replace(stale, directory)
     try:
         saved = json.loads((directory / "options.json").read_text(encoding="utf-8"))
@@ -76,10 +78,14 @@ def load(directory: Path, policy: nn.Module, options: Mapping[str, Any], rank: i
         }  # fmt: skip
         if differing:
             told = "; ".join(f"{name} was {old!r}, is now {new!r}" for name, (old, new) in differing.items())
-            raise ValueError(f"resume: the checkpoint at {directory} is another run's: {told}. Use its options, or a new --out")
+            raise ValueError(
+                f"resume: the checkpoint at {directory} is another run's: {told}. Use its options, or a new --out"
+            )
         path = directory / f"rank{rank}.pt"
         if not path.exists():
-            raise ValueError(f"resume: {path} is missing; resume with the number of processes that wrote the checkpoint")
+            raise ValueError(
+                f"resume: {path} is missing; resume with the number of processes that wrote the checkpoint"
+            )
         state = torch.load(path, weights_only=True, map_location="cpu")
         weights = load_file(directory / "policy.safetensors")
     except Exception as error:  # what a damaged file makes torch and safetensors raise has no common class
@@ -94,6 +100,8 @@ def load(directory: Path, policy: nn.Module, options: Mapping[str, Any], rank: i
     there = {own[name].data_ptr() for name in weights if name in own}
     untied = [name for name in missing if own[name].data_ptr() not in there]
     if untied or unexpected:
-        raise ValueError(f"resume: the checkpoint at {directory} is of another model: {(untied + list(unexpected))[:3]} differ")
+        raise ValueError(
+            f"resume: the checkpoint at {directory} is of another model: {(untied + list(unexpected))[:3]} differ"
+        )
     assert isinstance(state, dict)
     return state

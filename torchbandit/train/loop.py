@@ -144,9 +144,7 @@ class BanditTrainer:
             token_reward = td.get(batch.TOKEN_REWARD, None)
             if token_reward is None:
                 token_reward = torch.where(last_token(mask), reward.unsqueeze(-1), 0.0)
-            advantages, returns = losses.gae(
-                token_reward, td[batch.VALUES], mask, gamma=options.gamma, lam=options.lam
-            )
+            advantages, returns = losses.gae(token_reward, td[batch.VALUES], mask, gamma=options.gamma, lam=options.lam)
             out["advantages"], out["returns"] = masked_whiten(advantages, mask, reduce=reduce), returns
         elif options.algo == "rloo":
             out["advantages"] = losses.rloo_advantages(reward, G, scorable)
@@ -304,8 +302,8 @@ class BanditTrainer:
             return
         # The run ends here, so a copy to the host costs nothing any more.
         raise RunStopped(
-            f"step {self.steps_done + 1}: {metrics['unscorable']:.0%} of the batch has no honest score, more than half; "
-            f"of {len(td)} rows here: {self.env.rewards.why_unscorable(td)}"
+            f"step {self.steps_done + 1}: {metrics['unscorable']:.0%} of the batch has no honest score, more than "
+            f"half; of {len(td)} rows here: {self.env.rewards.why_unscorable(td)}"
         )
 
     def _set_lr(self) -> None:

@@ -182,7 +182,9 @@ class TrainOptions(LoopOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.policy is None:
-            raise ValueError("policy: must be a folder or hub id, got none; the demo is TrainOptions(**demo_defaults())")
+            raise ValueError(
+                "policy: must be a folder or hub id, got none; the demo is TrainOptions(**demo_defaults())"
+            )
         if self.prompts is None:
             raise ValueError("prompts: must be given with policy, got none; pass a JSONL file with a prompt a line")
         if not (self.reward_model or self.reward or self.host_reward):

@@ -35,7 +35,9 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
         self._file.close()
 
@@ -70,7 +72,11 @@ def write_curve(metrics: Path, picture: Path) -> None:
     from matplotlib.figure import Figure  # slow to import, and only needed when a run ends
 
     lines = read_metrics(metrics)
-    panels = [("reward", "reward"), ("kl", "KL to the reference (nats a response)"), ("loss/ptx", "ptx loss (nats a token)")]
+    panels = [
+        ("reward", "reward"),
+        ("kl", "KL to the reference (nats a response)"),
+        ("loss/ptx", "ptx loss (nats a token)"),
+    ]
     panels = [(key, title) for key, title in panels if any(line.get(key) is not None for line in lines)]
     if not panels:
         return

@@ -34,9 +34,7 @@ def train(options: TrainOptions) -> Path:
     """
     device = build.pick_device(options)
     out = Path(options.out)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", log_with=list(options.log_with) or None, project_dir=str(out)
-    )
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(options.log_with) or None, project_dir=str(out))
     main = accelerator.is_main_process
     if main:
         _claim(out, options)
@@ -53,7 +51,9 @@ def train(options: TrainOptions) -> Path:
         state = checkpoint.load(out / "checkpoint", trainer.policy, asdict(options), accelerator.process_index)
         trainer.load_state_dict(state)
         if trainer.steps_done >= options.steps:
-            raise ValueError(f"steps: the run at {out} has done its {trainer.steps_done} steps; ask for more with --steps")
+            raise ValueError(
+                f"steps: the run at {out} has done its {trainer.steps_done} steps; ask for more with --steps"
+            )
     judge = _Judge(options, trainer) if main else None
     if options.log_with:
         accelerator.init_trackers(options.name or "torchbandit", config=_plain(asdict(options)))
@@ -130,7 +130,9 @@ def _loop(trainer: BanditTrainer, options: TrainOptions, out: Path) -> None:
             if reporter is not None:
                 reporter(metrics)
             if options.log_with:
-                accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=int(metrics["step"]))
+                accelerator.log(
+                    {name: value for name, value in metrics.items() if name != "step"}, step=int(metrics["step"])
+                )
             stop = bool(trainer.any_rank(bool(stopped)))
             due = options.save_every and trainer.steps_done % options.save_every == 0
             if due or stop or trainer.steps_done == options.steps:
