@@ -182,7 +182,7 @@ def bf16_agreement(bench: Bench, row: str, model: PreTrainedModel) -> None:
     same = (out.tokens == hf).float()
     gap = (out.log_probs - rescore(model, ids, mask, out)).abs()
     assert same[:, 0].mean() > 0.8, f"first greedy tokens agree in {same[:, 0].mean():.0%}"
-    assert gap.mean() < 0.02, f"log-probs are {gap.mean():.4f} off on average"
+    assert gap.mean() < 0.05, f"log-probs are {gap.mean():.4f} off on average"
     bench.say(row, hf_first_token_agrees=same[:, 0].mean().item(), log_prob_gap=gap.mean().item())
 
 
@@ -345,7 +345,7 @@ def ragged(bench: Bench) -> None:
     assert out.finished.float().mean() > 0.9
     lengths = out.mask.sum(-1)
     gap = (out.log_probs[:16] - rescore(model, ids[:16], mask[:16], Generated(*(x[:16] for x in out)))).abs()
-    assert gap.mean() < 0.02, f"log-probs are {gap.mean():.4f} off on average"
+    assert gap.mean() < 0.05, f"log-probs are {gap.mean():.4f} off on average"
     # What a step costs at each batch size, with its lanes at the mean length.
     sizes = sorted({*steps})
     costs = {n: step_seconds(bench, model, engine, n, P + int(lengths.float().mean()) // 2, T) for n in sizes}
