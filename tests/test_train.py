@@ -82,7 +82,8 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path, algo):
     script = str(HERE / "two_ranks.py")
     # accelerate starts several processes through MPI or as it does for GPUs; the script asks for the CPU itself.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "0"]  # fmt: skip
     one = subprocess.Popen([sys.executable, script, str(tmp_path / "one"), algo], env=env)
     subprocess.run([*launch, script, str(tmp_path / "two"), algo], env=env, check=True, timeout=300)
     assert one.wait(300) == 0
