@@ -454,3 +454,68 @@ def test_stochastic_evaluation_may_be_asked_for(paths: dict[str, str]) -> None:
     config = toy_config(paths["policy"]).evaluation(evaluation_config=BanditPPOConfig.overrides(explore=True))
     assert config.get_evaluation_config_object().explore is True
     assert toy_config(paths["policy"]).get_evaluation_config_object().explore is False
+
+
+# --- the command line's engine ---------------------------------------------------------------------------------------
+
+
+def options_of(paths: dict[str, str], out: Path, **given: Any) -> Any:
+    from torchbandit.train.options import TrainOptions
+
+    prompts = out.parent / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(NUM_PROMPTS)))
+    settings: dict[str, Any] = dict(
+        policy=paths["policy"], reward_model=[paths["reward"]], prompts=str(prompts), ptx_data=paths["corpus.txt"],
+        ptx_coef=0.1, ptx_length=32, num_prompts=4, group_size=4, max_new_tokens=T, steps=3, minibatches=2, lr=1e-3,
+        save_every=0, device="cpu", engine="rllib", out=str(out), schedule="linear", packing=False,
+    )  # fmt: skip
+    return TrainOptions(**settings | given)
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_engine_leaves_the_files_of_the_local_one(paths: dict[str, str], tmp_path: Path) -> None:
+    from torchbandit.rllib.run import train
+    from torchbandit.train.run import train as train_locally
+
+    out, beside = tmp_path / "rllib", tmp_path / "local"
+    train(options_of(paths, out))
+    train_locally(options_of(paths, beside, engine="local"))
+    assert {p.name for p in out.iterdir()} == {p.name for p in beside.iterdir()}
+    ours, theirs = lines(out), lines(beside)
+    assert [line["step"] for line in ours] == [1, 2, 3]
+    missing = set(theirs[0]) - set(ours[0])
+    assert missing <= {"reward_std", "constant_groups", "loss/ptx_weighted"}, missing
+    # The same prompts, from the same weights: the first batch differs by its sampling alone.
+    assert ours[0]["loss/ptx"] == pytest.approx(theirs[0]["loss/ptx"], rel=0.05)
+    with pytest.raises(ValueError, match="out: .* holds a run already"):
+        train(options_of(paths, out))
+    train(options_of(paths, out, steps=4, resume=True))
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
+
+
+def test_engine_refuses_other_algorithms(paths: dict[str, str], tmp_path: Path) -> None:
+    from torchbandit.rllib.run import to_config, train
+
+    with pytest.raises(ValueError, match="algo: the rllib engine trains ppo alone, got grpo"):
+        train(options_of(paths, tmp_path / "out", algo="grpo"))
+    with pytest.raises(ValueError, match="minibatches, learners: must divide the batch of 32 rows"):
+        to_config(options_of(paths, tmp_path / "out", env_runners=2, learners=3), torch.device("cpu"))
+
+
+def test_engine_keeps_the_schedule(paths: dict[str, str], tmp_path: Path) -> None:
+    """RLlib interpolates over rows sampled; at every iteration it must be the local engine's rate."""
+    from torchbandit.rllib.run import to_config
+    from torchbandit.train.loop import schedule_factor
+
+    config = to_config(options_of(paths, tmp_path / "out", warmup_steps=1, steps=4), torch.device("cpu"))
+    algo = config.build_algo()
+    rates = [algo.learner_group._learner._masters[DEFAULT_MODULE_ID][0].param_groups[0]["lr"]]
+    for _ in range(3):
+        algo.train()
+        rates.append(algo.learner_group._learner._masters[DEFAULT_MODULE_ID][0].param_groups[0]["lr"])
+    algo.stop()
+    assert rates == pytest.approx([1e-3 * schedule_factor("linear", step, 4, 1) for step in range(4)])

@@ -258,6 +258,12 @@ class PPOPtxLearner(PPOTorchLearner):
             for name, number in zip(self._sums, numbers, strict=True):
                 self.metrics.log_value((next(iter(self.module.keys())), name), number, window=1)
 
+    @staticmethod
+    def _set_optimizer_lr(optimizer: torch.optim.Optimizer, lr: Any) -> None:
+        """A number: RLlib's schedules hand out their own tensor, which would change under a saved state."""
+        for group in optimizer.param_groups:
+            group["lr"] = float(lr)
+
     # --- several learners --------------------------------------------------------------------------------------
 
     @property

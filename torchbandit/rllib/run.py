@@ -78,7 +78,10 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditPPOConfig:
             f"got {options.minibatches} and {options.learners}"
         )
     gpus = _gpus(options) if device.type == "cuda" else 0.0
-    spec = lambda path: ModelSpec(path, dtype=options.dtype, compile=options.compile)
+
+    def spec(path: str) -> ModelSpec:
+        return ModelSpec(path, dtype=options.dtype, compile=options.compile)
+
     length = min(options.ptx_length, build._context(options.policy, build.build_tokenizer(options)))
     config = BanditPPOConfig()
     config.bandit(env_fn=EnvOfOptions(options), sampling=build.build_sampling(options))
@@ -121,8 +124,8 @@ def _learning_rate(options: TrainOptions, rows: int) -> Any:
     """A number, or RLlib's list of (rows sampled, rate): the local engine's schedule, exact at every iteration."""
     if options.schedule == "constant" and not options.warmup_steps:
         return options.lr
-    factor = lambda step: schedule_factor(options.schedule, step, options.steps, options.warmup_steps)
-    return [[step * rows, options.lr * factor(step)] for step in range(options.steps + 1)]
+    factors = [schedule_factor(options.schedule, k, options.steps, options.warmup_steps) for k in range(options.steps + 1)]
+    return [[step * rows, options.lr * factor] for step, factor in enumerate(factors)]
 
 
 def _gpus(options: TrainOptions) -> float:
