@@ -231,6 +231,25 @@ class BanditEnv:
         self.stream.load_state_dict(state["stream"])
         self.rewards.load_state_dict(state["rewards"])
 
+    def offload(self) -> int:
+        """Put the models of the reward terms to sleep in pinned host memory, so that others can use the device.
+
+        A live model that was handed to a term sleeps too, and with it whatever shares its weights. `step` refuses to
+        run until `onload`.
+
+        Returns:
+            bytes freed on the device; 0 where the models are on the CPU, or not loaded yet.
+        """
+        return self.rewards.offload()
+
+    def onload(self) -> int:
+        """Wake the models that `offload` put to sleep: the same tensors, so compiled code and ties hold.
+
+        Returns:
+            bytes taken on the device.
+        """
+        return self.rewards.onload()
+
     def close(self) -> None:
         """End the worker processes of host rewards; harmless to call twice."""
         self.rewards.close()

@@ -213,7 +213,10 @@ def _inputs(td: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _where_it_is(score: Any, model: nn.Module, batch: tuple[Tensor, ...], plan: Plan | None, **options: Any) -> Tensor:
     """Run a scoring function on the model's device. A live model may sit elsewhere than the batch: its rows are
     copied over, device to device, and packed there, since the step's plan belongs to the batch's device."""
-    here, there = batch[0].device, next(model.parameters()).device
+    weight = next(model.parameters())
+    here, there = batch[0].device, weight.device
+    if not weight.untyped_storage().nbytes():
+        raise ValueError(f"{type(model).__name__}: sleeps in host memory since offload(); call onload() first")
     if there == here:
         result: Tensor = score(model, *batch, plan=plan, **options)
         return result

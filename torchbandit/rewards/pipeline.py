@@ -27,6 +27,7 @@ from torchbandit.batch import (
     masked_whiten,
     require,
 )
+from torchbandit.models.offload import Sleeper
 from torchbandit.responses import has_stopped, is_contiguous, is_left_padded, last_token
 from torchbandit.rewards.host import HostReward
 from torchbandit.rewards.model_terms import KLPenalty
@@ -75,6 +76,7 @@ class RewardPipeline:
         self.tokenizer, self.prompts = tokenizer, prompts
         self._tokenizer_size = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
         self._reduce: Reduce | None = None
+        self._sleeper = Sleeper()
         for term in self.terms:
             term.bind(self.device, tokenizer)
         self._normalizers = {t.name: RunningNormalizer(self.device) for t in self.terms if t.normalize == "running"}
@@ -241,6 +243,22 @@ class RewardPipeline:
     def models(self) -> list[nn.Module]:
         """The modules that the terms have loaded so far."""
         return [module for term in self.terms for module in term.models()]
+
+    def offload(self) -> int:
+        """Put the terms' models to sleep in pinned host memory; what was not loaded yet stays so.
+
+        Returns:
+            bytes freed on the device; 0 where the models are on the CPU, or asleep already.
+        """
+        return self._sleeper.offload(self.models())
+
+    def onload(self) -> int:
+        """Wake what `offload` put to sleep, in place.
+
+        Returns:
+            bytes taken on the device.
+        """
+        return self._sleeper.onload()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Statistics and coefficients by the terms' names, copies of the device tensors; empty for most terms."""
