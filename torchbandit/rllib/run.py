@@ -124,8 +124,8 @@ def _learning_rate(options: TrainOptions, rows: int) -> Any:
     """A number, or RLlib's list of (rows sampled, rate): the local engine's schedule, exact at every iteration."""
     if options.schedule == "constant" and not options.warmup_steps:
         return options.lr
-    factors = [schedule_factor(options.schedule, k, options.steps, options.warmup_steps) for k in range(options.steps + 1)]
-    return [[step * rows, options.lr * factor] for step, factor in enumerate(factors)]
+    o, rates = options, range(options.steps + 1)
+    return [[step * rows, o.lr * schedule_factor(o.schedule, step, o.steps, o.warmup_steps)] for step in rates]
 
 
 def _gpus(options: TrainOptions) -> float:
