@@ -3,7 +3,8 @@
 Three kinds of text come out of one grammar. *Corpus*: stories, reviews and talk overheard, the pretraining text.
 *Prompts*: a customer's letter. *Replies*: what the shop answers, by clerks who are kind or gruff, keep to the point or
 ramble, sign or do not. `preference` is the hidden taste (politeness, keeping to the topic, the remedy that fits, a
-proper ending); the reward model sees only which of two replies was preferred.
+proper ending); the reward model learns only which of two replies was preferred, and so stays a proxy: the shipped one
+knows tone, ending and remedy well, the right thing a little, the right name and colour hardly at all.
 """
 
 from __future__ import annotations
