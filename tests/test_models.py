@@ -69,15 +69,6 @@ def test_errors_name_the_model(tmp_path: Path, folder: Path) -> None:
         load_tokenizer(tmp_path / "nowhere")
 
 
-def test_pickled_weights_are_refused(tmp_path: Path) -> None:
-    """G5: a folder whose only weights are a pickle does not open."""
-    model = tiny_lm("gpt2")
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="safetensors"):
-        load_causal_lm(tmp_path, "cpu")
-
-
 def test_tokenizer_without_pad(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
@@ -124,3 +115,21 @@ def test_dropout_of_every_kind_is_off() -> None:
     assert not torch.equal(model(ids).logits, model(ids).logits)
     disable_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_empty_models_have_the_names_and_ties_of_loaded_ones(tmp_path: Path) -> None:
+    """A process that is sent weights by name must know the same names, tied ones once."""
+    from torchbandit.models import empty_causal_lm
+
+    for arch, tied in (("gpt2", True), ("llama", True), ("llama", False)):
+        folder = tmp_path / f"{arch}{tied}"
+        tiny_lm(arch, tie_word_embeddings=tied).save_pretrained(folder)
+        loaded, empty = load_causal_lm(folder, "cpu", dtype="bfloat16"), empty_causal_lm(folder, "cpu", dtype="bfloat16")
+        for model in (loaded, empty):
+            shared = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+            assert shared == tied, (arch, tied)
+        with torch.no_grad():
+            for name, weight in empty.state_dict().items():
+                weight.copy_(loaded.state_dict()[name])
+        ids = torch.arange(6).view(1, 6)
+        assert torch.equal(empty(ids).logits, loaded(ids).logits)

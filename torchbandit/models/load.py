@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from torchbandit.models import quantize, weights
 from torchbandit.models.estimate import check_fits
 from torchbandit.models.hub import fetch
+from torchbandit.models.mapped import given_back
 from torchbandit.models.spec import ModelLike, ModelSpec, as_spec, dtype_on, first_line, name_of
 
 
@@ -109,20 +110,23 @@ def _load(
         quantize.require_available(spec.quantization, device)
     folder = fetch(spec, weights=True)
     skeleton = _skeleton(auto, _config(spec), torch.device("meta"), target)
-    weights.check_files(folder, str(spec.path))
+    files = weights.check_files(folder, str(spec.path))
     check_fits(spec, skeleton, target, device)
     keep = quantize.outside_layers(skeleton)
     if spec.quantization is not None:
         options["quantization_config"] = quantize.config(spec.quantization, keep, target)
+    # On the CPU the mapped pages may become the model itself, and stay.
+    mapping = contextlib.nullcontext() if device.type == "cpu" else given_back(files)
     try:
-        loaded: PreTrainedModel = auto.from_pretrained(
-            folder,
-            dtype=target,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
-        )
+        with mapping:
+            loaded: PreTrainedModel = auto.from_pretrained(
+                folder,
+                dtype=target,
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                **options,
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"model {spec.path}: cannot be loaded ({first_line(error)}); give a hub id or a folder with "
                          "config.json and safetensors weights") from error  # fmt: skip
@@ -139,6 +143,7 @@ def _empty(
 ) -> PreTrainedModel:
     spec, device = as_spec(model, dtype), torch.device(device)
     made = _skeleton(auto, _config(spec), device, dtype_on(spec.dtype, device))
+    made.tie_weights()  # left out with the initialisation
     # from_config knows nothing of generation_config.json, whose eos ids end a response.
     with contextlib.suppress(OSError):
         made.generation_config = GenerationConfig.from_pretrained(fetch(spec))

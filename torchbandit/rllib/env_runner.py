@@ -193,7 +193,7 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         """
         if random_actions:
             raise ValueError("random_actions: a policy over tokens has no use for random ones; leave it False")
-        if self.env is None or self.module is None:
+        if self.env is None or self.module is None or self.problem is not None:
             raise ValueError(f"sample: this runner was not built: {self.problem}")
         rows = num_timesteps or num_episodes or self.env.batch_size
         explore = self.config.explore if explore is None else explore
@@ -309,7 +309,13 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
             if isinstance(weights, ray.ObjectRef):
                 weights = ray.get(weights)
             if not self._shares_module:
-                self.module.set_state(weights.get(DEFAULT_MODULE_ID, weights))
+                try:
+                    self.module.set_state(weights.get(DEFAULT_MODULE_ID, weights))
+                    self.problem = None
+                except ValueError as error:
+                    if not self.worker_index:
+                        raise
+                    self.problem = f"ValueError: {error}"  # told by `report` and `sample`; a dead actor tells nothing
             self._weights_seq_no = state.get(names.WEIGHTS_SEQ_NO, 0)
         if PLACE in state and self.env is not None:
             self.go_to(state[PLACE])
