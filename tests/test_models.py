@@ -62,6 +62,12 @@ def test_reward_model_must_have_one_label(tmp_path: Path) -> None:
         load_reward_model(tiny_reward_model(num_labels=2), "cpu")
 
 
+def test_a_language_model_is_no_reward_model(folder: Path) -> None:
+    """transformers would give it a random head and a warning: every score would be noise."""
+    with pytest.raises(ValueError, match=r"must hold all weights of a LlamaForSequenceClassification, got none for score"):
+        load_reward_model(folder, "cpu")
+
+
 def test_errors_name_the_model(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ValueError, match="nowhere: cannot be loaded"):
         load_causal_lm(tmp_path / "nowhere", "cpu")
@@ -126,8 +132,8 @@ def test_empty_models_have_the_names_and_ties_of_loaded_ones(tmp_path: Path) -> 
         tiny_lm(arch, tie_word_embeddings=tied).save_pretrained(folder)
         loaded, empty = load_causal_lm(folder, "cpu", dtype="bfloat16"), empty_causal_lm(folder, "cpu", dtype="bfloat16")
         for model in (loaded, empty):
-            shared = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
-            assert shared == tied, (arch, tied)
+            one, other = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+            assert (one.data_ptr() == other.data_ptr()) == tied, (arch, tied)
         with torch.no_grad():
             for name, weight in empty.state_dict().items():
                 weight.copy_(loaded.state_dict()[name])
