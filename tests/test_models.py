@@ -64,7 +64,9 @@ def test_reward_model_must_have_one_label(tmp_path: Path) -> None:
 
 def test_a_language_model_is_no_reward_model(folder: Path) -> None:
     """transformers would give it a random head and a warning: every score would be noise."""
-    with pytest.raises(ValueError, match=r"must hold all weights of a LlamaForSequenceClassification, got none for score"):
+    with pytest.raises(
+        ValueError, match=r"must hold all weights of a LlamaForSequenceClassification, got none for score"
+    ):
         load_reward_model(folder, "cpu")
 
 
@@ -130,7 +132,10 @@ def test_empty_models_have_the_names_and_ties_of_loaded_ones(tmp_path: Path) -> 
     for arch, tied in (("gpt2", True), ("llama", True), ("llama", False)):
         folder = tmp_path / f"{arch}{tied}"
         tiny_lm(arch, tie_word_embeddings=tied).save_pretrained(folder)
-        loaded, empty = load_causal_lm(folder, "cpu", dtype="bfloat16"), empty_causal_lm(folder, "cpu", dtype="bfloat16")
+        loaded, empty = (
+            load_causal_lm(folder, "cpu", dtype="bfloat16"),
+            empty_causal_lm(folder, "cpu", dtype="bfloat16"),
+        )
         for model in (loaded, empty):
             one, other = model.get_input_embeddings().weight, model.get_output_embeddings().weight
             assert (one.data_ptr() == other.data_ptr()) == tied, (arch, tied)

@@ -19,6 +19,7 @@ from torchbandit.models import (
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
+    quiet_bars,
     stop_ids_of,
 )
 
@@ -213,13 +214,15 @@ class CausalLMPolicy(nn.Module):
         A value head goes into `value_head.safetensors` beside it, a critic of its own into `critic/`.
         """
         directory = Path(directory)
-        self.lm.save_pretrained(directory)
+        with quiet_bars():
+            self.lm.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         if self.value_head is not None:
             state = {name: weight.contiguous() for name, weight in self.value_head.state_dict().items()}
             safetensors.torch.save_file(state, directory / "value_head.safetensors")
         if self.critic is not None:
-            self.critic.save_pretrained(directory / "critic")
+            with quiet_bars():
+                self.critic.save_pretrained(directory / "critic")
             self.tokenizer.save_pretrained(directory / "critic")
 
 

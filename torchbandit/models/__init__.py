@@ -10,6 +10,7 @@ from torchbandit.models.load import (
     empty_reward_model,
     load_causal_lm,
     load_reward_model,
+    quiet_bars,
     wants_compile,
 )
 from torchbandit.models.spec import ModelLike, ModelSpec, Quantization
@@ -27,6 +28,7 @@ __all__ = [
     "load_causal_lm",
     "load_reward_model",
     "load_tokenizer",
+    "quiet_bars",
     "stop_ids_of",
     "wants_compile",
     "with_pad",

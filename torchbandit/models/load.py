@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from torchbandit.models import quantize, weights
 from torchbandit.models.estimate import check_fits
@@ -94,6 +96,18 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+@contextlib.contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Without transformers' bars for reading and writing weights, which last a moment and break into ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _load(
     auto: Any, model: ModelLike, device: torch.device | str, dtype: str | torch.dtype, trainable: bool
 ) -> PreTrainedModel:
@@ -118,18 +132,25 @@ def _load(
     # On the CPU the mapped pages may become the model itself, and stay.
     mapping = contextlib.nullcontext() if device.type == "cpu" else given_back(files)
     try:
-        with mapping:
-            loaded: PreTrainedModel = auto.from_pretrained(
+        with mapping, quiet_bars():
+            loaded, info = auto.from_pretrained(
                 folder,
                 dtype=target,
                 device_map={"": device},
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
                 **options,
             )
     except (OSError, ValueError) as error:
         raise ValueError(f"model {spec.path}: cannot be loaded ({first_line(error)}); give a hub id or a folder with "
                          "config.json and safetensors weights") from error  # fmt: skip
+    assert isinstance(loaded, PreTrainedModel)
+    if info["missing_keys"]:
+        # transformers would draw them at random and warn: a language model opened as a reward model scores noise.
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"model {spec.path}: must hold all weights of a {type(loaded).__name__}, got none for "
+                         f"{', '.join(missing[:3])}; give the folder of a model that was trained as one")  # fmt: skip
     if spec.quantization is not None:
         quantize.check(loaded, keep, str(spec.path))
     disable_dropout(loaded)

@@ -124,10 +124,13 @@ def read_before(path: Path) -> Evaluation | None:
 
 
 def summary(before: Evaluation, after: Evaluation) -> str:
-    """A few lines for the terminal: every number before and after."""
-    width = max(len(name) for name in after.metrics)
-    rows = [f"{'':{width}}  {'before':>9}  {'after':>9}"]
-    for name, new in after.metrics.items():
-        if not name.endswith("_std"):
-            rows.append(f"{name:{width}}  {before.metrics.get(name, math.nan):9.3f}  {new:9.3f}")
+    """A few lines for the terminal: every number before and after, and its rise in deviations of the former."""
+    names = [name for name in after.metrics if not name.endswith("_std")]
+    width = max(len(name) for name in names)
+    rows = [f"{'':{width}}  {'before':>9}  {'after':>9}  rise / std before"]
+    for name in names:
+        old, new = before.metrics.get(name, math.nan), after.metrics[name]
+        std = before.metrics.get(f"{name}_std", 0.0)
+        rise = f"  {(new - old) / std:9.2f}" if std > 1e-3 else ""
+        rows.append(f"{name:{width}}  {old:9.3f}  {new:9.3f}{rise}")
     return "\n".join(rows)
