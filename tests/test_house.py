@@ -19,7 +19,7 @@ FLOORS = (  # from the ground up; a file may import from lower floors, and from 
     {"scoring", "generation", "corpus"},
     {"rewards", "policy"},
     {"env"},
-    {"adapters", "train", "bench", "testing", "score"},
+    {"adapters", "train", "bench", "testing", "score", "pull", "profile"},
     {"rllib"},  # hands on the Gymnasium adapter, and runs the command line's options and reports
     {"cli"},
     {"__main__"},

@@ -56,6 +56,13 @@ def _score(options: Any) -> int:
     return 0
 
 
+def _pull(options: Any) -> int:
+    from torchbandit.pull import pull
+
+    pull(options)
+    return 0
+
+
 COMMANDS = {
     "train": Command(
         "Train a language model; without options, the demo.", "torchbandit.train.options:TrainOptions", _train,
@@ -64,6 +71,7 @@ COMMANDS = {
     "score": Command(
         "Score the prompt/response pairs of a JSONL file.", "torchbandit.score.options:ScoreOptions", _score
     ),
+    "pull": Command("Fetch models into the hub's cache ahead of a run.", "torchbandit.pull:PullOptions", _pull),
 }  # fmt: skip
 
 
