@@ -234,3 +234,28 @@ def test_public_snippet_runs():
     # The policy is its own reference: no KL.
     assert_close(td["next", "reward_terms", "kl"], torch.zeros(8), atol=1e-4, rtol=0)
     assert td["next", "ref_log_probs", "response"].shape == (8, 5)
+
+
+def test_own_prompts_are_trusted_until_someone_writes_into_them():
+    """What `reset` handed out is not looked at again; a copy, or an edit in place, is."""
+    env = make_env(num_prompts=4, group_size=2)
+    td = env.reset()
+    assert env._are_own(td[batch.PROMPT], td[batch.PROMPT_MASK])
+    assert not env.step(answer(td))["next", "unscorable"].any()
+    assert not env._are_own(td[batch.PROMPT].clone(), td[batch.PROMPT_MASK])
+    td[batch.PROMPT][1, -1] = 10**6
+    td[batch.PROMPT_MASK][5, -1] = False
+    assert env.step(answer(td))["next", "unscorable"].tolist() == [i in (1, 5) for i in range(8)]
+    with torch.inference_mode():
+        td = env.reset()
+        assert not env.step(answer(td))["next", "unscorable"].any()
+
+
+def test_own_prompts_may_be_foreign_to_a_model():
+    """The set vouches for its tokenizer's ids; this model has fewer embeddings."""
+    small = tiny_reward_model(vocab_size=112)  # bytes up to "o"; the prompts have a "p" in "prompt"
+    env = make_env(RewardModel(small), num_prompts=2, packing=False)
+    td = env.reset()
+    out = answer(td)
+    out["tokens", "response"] = out["tokens", "response"] % 100
+    assert env.step(out)["next", "unscorable"].all()

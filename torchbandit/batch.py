@@ -110,13 +110,13 @@ def require(
         ValueError: the key is missing, or its shape, dtype or device differs.
     """
     value = td.get(key, None)
+    if isinstance(value, Tensor) and value.dtype == dtype and (device is None or value.device == device):
+        if len(shape) == value.dim() and all(n in (-1, m) for n, m in zip(shape, value.shape, strict=True)):
+            return value
     want = f"{str(dtype).removeprefix('torch.')} {['*' if n < 0 else n for n in shape]}".replace("'", "")
     where = "" if device is None else f" on {device}"
     tail = f"; {hint}" if hint else ""
     if not isinstance(value, Tensor):
         raise ValueError(f"{show(key)}: must be {want}{where}, got no such key{tail}")
-    shape_fits = value.dim() == len(shape) and all(n in (-1, m) for n, m in zip(shape, value.shape, strict=True))
-    if not shape_fits or value.dtype != dtype or (device is not None and value.device != device):
-        got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-        raise ValueError(f"{show(key)}: must be {want}{where}, got {got}{tail}")
-    return value
+    got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    raise ValueError(f"{show(key)}: must be {want}{where}, got {got}{tail}")

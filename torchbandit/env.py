@@ -7,6 +7,7 @@ are torch functions (with packed model scoring: one small copy of the row length
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -78,6 +79,7 @@ class BanditEnv:
             reward, device=self.device, tokenizer=self.prompts.tokenizer, prompts=self.prompts
         )
         eos = self.prompts.tokenizer.eos_token_id
+        self._handed_out: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
         self._eos_ids = torch.tensor([] if eos is None else [eos], dtype=torch.int64, device=self.device)
 
     @property
@@ -93,9 +95,7 @@ class BanditEnv:
             prompt_id and group_id [B] int64, and ("columns", name) where the set has tensor columns.
         """
         prompt_id, group_id = self.stream.next(self.num_prompts)
-        prompt_id = prompt_id.repeat_interleave(self.group_size, output_size=self.batch_size)
-        group_id = group_id.repeat_interleave(self.group_size, output_size=self.batch_size)
-        return self.gather(prompt_id, group_id)
+        return self._gather(prompt_id, group_id, self.group_size)
 
     def gather(self, prompt_id: torch.Tensor, group_id: torch.Tensor) -> TensorDict:
         """The batch of chosen prompts, for evaluation on rows of one's own choice.
@@ -105,16 +105,33 @@ class BanditEnv:
         Returns:
             as `reset`, with batch_size [n].
         """
+        return self._gather(prompt_id, group_id, 1)
+
+    def _gather(self, prompt_id: torch.Tensor, group_id: torch.Tensor, times: int) -> TensorDict:
+        """Each prompt `times` times; gathered once, since siblings are cheaper copied as rows."""
+        rows = len(prompt_id) * times
+
+        def repeat(x: torch.Tensor) -> torch.Tensor:
+            return x if times == 1 else x.repeat_interleave(times, 0, output_size=rows)
+
         ids, mask, columns = self.prompts.gather(prompt_id)
+        ids, mask = repeat(ids), repeat(mask)
         source: dict[str, Any] = {
             "tokens": {"prompt": ids},
             "masks": {"prompt": mask},
-            batch.PROMPT_ID: prompt_id,
-            batch.GROUP_ID: group_id,
+            batch.PROMPT_ID: repeat(prompt_id),
+            batch.GROUP_ID: repeat(group_id),
         }
         if columns is not None:
-            source[batch.COLUMNS] = columns
-        return TensorDict(source, batch_size=[len(prompt_id)], device=self.device)
+            source[batch.COLUMNS] = columns.apply(repeat, batch_size=[rows])
+        self._handed_out = tuple((weakref.ref(x), x._version) for x in (ids, mask) if not x.is_inference())
+        return TensorDict(source, batch_size=[rows], device=self.device)
+
+    def _are_own(self, *tensors: torch.Tensor) -> bool:
+        """Whether these are the prompts and mask handed out last, and nobody has written into them."""
+        return len(tensors) == len(self._handed_out) and all(
+            ref() is x and x._version == version for (ref, version), x in zip(self._handed_out, tensors, strict=True)
+        )
 
     def step(self, td: TensorDictBase) -> TensorDict:
         """Score the responses of a batch.
@@ -149,8 +166,8 @@ class BanditEnv:
                 )
             return plan
 
-        with torch.no_grad():
-            following = self.rewards(out, plan_once)
+        own = self._are_own(td[batch.PROMPT], td[batch.PROMPT_MASK])
+        following = self.rewards(out, plan_once, prompts_are_own=own)
         ended = torch.ones_like(mask[:, :1])
         following.set("done", ended)
         following.set("terminated", ended.clone())
@@ -169,8 +186,8 @@ class BanditEnv:
             raise ValueError(f"step: the batch must have batch_size [B], got {list(td.batch_size)}; reshape it first")
         rows, device = td.batch_size[0], self.device
         made = "keep what env.reset() returned"
-        require(td, batch.PROMPT, shape=(rows, -1), dtype=torch.int64, device=device, hint=made)
-        width = td[batch.PROMPT].shape[1]
+        prompt = require(td, batch.PROMPT, shape=(rows, -1), dtype=torch.int64, device=device, hint=made)
+        width = prompt.shape[1]
         require(td, batch.PROMPT_MASK, shape=(rows, width), dtype=torch.bool, device=device, hint=made)
         hint = "write it with policy.generate, or from your engine's ids"
         response = require(td, batch.RESPONSE, shape=(rows, -1), dtype=torch.int64, device=device, hint=hint)

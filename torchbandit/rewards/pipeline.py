@@ -28,7 +28,7 @@ from torchbandit.batch import (
     require,
 )
 from torchbandit.models.offload import Sleeper
-from torchbandit.responses import has_stopped, is_contiguous, is_left_padded, last_token
+from torchbandit.responses import any_row, has_stopped, last_token
 from torchbandit.rewards.host import HostReward
 from torchbandit.rewards.model_terms import KLPenalty
 from torchbandit.rewards.normalize import AdaptiveCoefficient, RunningNormalizer
@@ -87,12 +87,16 @@ class RewardPipeline:
         }
 
     @torch.no_grad()
-    def __call__(self, td: TensorDictBase, plan_fn: Callable[[], Plan] | None = None) -> TensorDict:
+    def __call__(
+        self, td: TensorDictBase, plan_fn: Callable[[], Plan] | None = None, *, prompts_are_own: bool = False
+    ) -> TensorDict:
         """The reward of a batch.
 
         Args:
             td: the root keys of a step, with the response; it stays as it was.
             plan_fn: makes the packing plan of this batch; called at most once, and only if a term runs a model.
+            prompts_are_own: the prompts are as the PromptSet gave them, which has looked at its ids and padding; so
+                they are not looked at again.
         Returns:
             The keys of `next` but the done flags: `reward` [B, 1] float32 (NaN where unscorable), `token_reward`
             [B, T] float32 if a term is per token (NaN on the real tokens of an unscorable row, 0 outside the mask),
@@ -102,7 +106,7 @@ class RewardPipeline:
         """
         for term in self.terms:
             term.load(self.device)
-        td, broken = self._checked(td)
+        td, broken = self._checked(td, prompts_are_own)
         out = TensorDict({}, batch_size=td.batch_size, device=self.device)
         raw: dict[str, Tensor] = {}
         try:
@@ -117,11 +121,11 @@ class RewardPipeline:
             raise
         return self._sum(td, raw, broken, out)
 
-    def _checked(self, td: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
+    def _checked(self, td: TensorDictBase, prompts_are_own: bool) -> tuple[TensorDictBase, Tensor]:
         """A shallow copy that every term can read safely, and the rows [B] that have no honest score.
 
-        Ids outside the vocabulary become 0 there: a model would index past its embeddings, which on a GPU ends the
-        process.
+        Ids outside the vocabulary become its nearest there: a model would index past its embeddings, which on a GPU
+        ends the process.
         """
         prompt = require(td, PROMPT, shape=(-1, -1), dtype=torch.int64, device=self.device)
         rows = prompt.shape[0]
@@ -133,12 +137,17 @@ class RewardPipeline:
             hint="build it with responses.stop_mask",
         )  # fmt: skip
         td = td.clone(recurse=False)
-        broken = ~mask.any(-1) | ~is_contiguous(mask) | ~is_left_padded(prompt_mask)
         size = self._vocabulary()
-        for key, tokens, real in ((PROMPT, prompt, prompt_mask), (RESPONSE, response, mask)):
-            foreign = (tokens < 0) if size is None else (tokens < 0) | (tokens >= size)
-            broken = broken | (foreign & real).any(-1)
-            td.set(key, tokens.masked_fill(foreign, 0))
+        known, odd = _known(response, mask, size)
+        td.set(RESPONSE, known)
+        odd[:, 1:] |= mask[:, 1:] > mask[:, :-1]  # a hole
+        broken = any_row(odd) | ~mask[:, 0] if mask.shape[1] else ~mask.any(-1)
+        # The PromptSet vouches for its tokenizer's vocabulary; a model may have fewer embeddings.
+        if not prompts_are_own or size is None or self._tokenizer_size is None or size < self._tokenizer_size:
+            known, odd = _known(prompt, prompt_mask, size)
+            td.set(PROMPT, known)
+            odd[:, 1:] |= prompt_mask[:, 1:] < prompt_mask[:, :-1]  # not padded on the left
+            broken |= any_row(odd)
         if td.get(FINISHED, None) is not None:
             require(td, FINISHED, shape=(rows,), dtype=torch.bool, device=self.device)
         elif self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
@@ -161,20 +170,22 @@ class RewardPipeline:
     def _validated(self, term: RewardTerm, value: object, td: TensorDictBase) -> Tensor:
         """A term's result as float32 [B] or [B, T], checked by its metadata alone."""
         B, T = td[RESPONSE_MASK].shape
+        fits = isinstance(value, Tensor) and tuple(value.shape) in ((B,), (B, T))
+        if isinstance(value, Tensor) and fits and value.is_floating_point() and value.device == self.device:
+            return value.detach().float()
         want = f'reward term "{term.name}": must return a float tensor [{B}] or [{B}, {T}] on {self.device}'
         if not isinstance(value, Tensor):
             raise ValueError(f"{want}, got {type(value).__name__}; for a function of strings use HostReward")
         got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-        if tuple(value.shape) not in ((B,), (B, T)):
+        if not fits:
             raise ValueError(f"{want}, got {got}" + ("; squeeze(-1) it" if tuple(value.shape) == (B, 1) else ""))
         if not value.is_floating_point():
             raise ValueError(f"{want}, got {got}; call .float() on it")
-        if value.device != self.device:
-            raise ValueError(f"{want}, got {got}; move it with .to(td.device)")
-        return value.detach().float()
+        raise ValueError(f"{want}, got {got}; move it with .to(td.device)")
 
     def _sum(self, td: TensorDictBase, raw: dict[str, Tensor], broken: Tensor, out: TensorDict) -> TensorDict:
-        mask, last = td[RESPONSE_MASK], last_token(td[RESPONSE_MASK])
+        mask = td[RESPONSE_MASK]
+        last = last_token(mask) if any(x.dim() == 2 for x in raw.values()) else None
         rows = {name: x if x.dim() == 1 else masked_sum(x, mask, -1) for name, x in raw.items()}
         unscorable = broken
         for x in rows.values():
@@ -189,6 +200,7 @@ class RewardPipeline:
             else:
                 per_token = part if per_token is None else per_token + part
         if per_token is not None:
+            assert last is not None
             token_reward = (per_token + per_row.unsqueeze(-1) * last).masked_fill(unscorable.unsqueeze(-1), torch.nan)
             out.set("token_reward", token_reward.masked_fill(~mask, 0.0))
             per_row = masked_sum(token_reward, mask, -1)
@@ -199,11 +211,13 @@ class RewardPipeline:
             coefficient.update(rows[name], scorable, self._reduce)
         return out
 
-    def _weighted(self, term: RewardTerm, x: Tensor, td: TensorDictBase, scorable: Tensor, last: Tensor) -> Tensor:
+    def _weighted(
+        self, term: RewardTerm, x: Tensor, td: TensorDictBase, scorable: Tensor, last: Tensor | None
+    ) -> Tensor:
         """penalty, normalise, clip, weight: [B] or [B, T]; 0 on unscorable rows and outside the response mask."""
         counted = scorable if x.dim() == 1 else scorable.unsqueeze(-1) & td[RESPONSE_MASK]
         if term.missing_eos_penalty is not None:
-            cut = ~td[FINISHED] if x.dim() == 1 else ~td[FINISHED].unsqueeze(-1) & last
+            cut = ~td[FINISHED] if last is None or x.dim() == 1 else ~td[FINISHED].unsqueeze(-1) & last
             x = x - term.missing_eos_penalty * cut
         x = x.masked_fill(~counted, 0.0)
         if term.normalize == "batch":
@@ -294,3 +308,9 @@ class RewardPipeline:
         """End the worker processes of host terms."""
         for term in self.terms:
             term.close()
+
+
+def _known(tokens: Tensor, mask: Tensor, size: int | None) -> tuple[Tensor, Tensor]:
+    """Ids that an embedding of `size` rows can look up, and where a real token is not one of them."""
+    known = tokens.clamp(0, None if size is None else size - 1)
+    return known, (tokens != known) & mask
