@@ -110,9 +110,14 @@ def require(
         ValueError: the key is missing, or its shape, dtype or device differs.
     """
     value = td.get(key, None)
-    if isinstance(value, Tensor) and value.dtype == dtype and (device is None or value.device == device):
-        if len(shape) == value.dim() and all(n in (-1, m) for n, m in zip(shape, value.shape, strict=True)):
-            return value
+    if (
+        isinstance(value, Tensor)
+        and value.dtype == dtype
+        and (device is None or value.device == device)
+        and len(shape) == value.dim()
+        and all(n in (-1, m) for n, m in zip(shape, value.shape, strict=True))
+    ):
+        return value
     want = f"{str(dtype).removeprefix('torch.')} {['*' if n < 0 else n for n in shape]}".replace("'", "")
     where = "" if device is None else f" on {device}"
     tail = f"; {hint}" if hint else ""
