@@ -134,6 +134,13 @@ def test_a_model_without_linear_layers_is_refused(kind: str, folders: dict[str, 
         load_causal_lm(ModelSpec(folders["gpt2"], quantization=kind), "cpu")
 
 
+@pytest.mark.parametrize("kind", [asks("nf4")])
+def test_nf4_on_the_cpu_names_a_size_it_cannot_take(kind: str, tmp_path: Path) -> None:
+    tiny_lm(hidden_size=96).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="multiple of 64, got 96 in model.layers.0"):
+        load_causal_lm(ModelSpec(tmp_path, quantization=kind, dtype="bfloat16"), "cpu")
+
+
 def test_what_is_trained_is_not_quantised(folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="must be None for a model that is trained"):
         load_causal_lm(ModelSpec(folders["lm"], quantization="nf4"), "cpu", trainable=True)

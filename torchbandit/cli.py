@@ -63,6 +63,13 @@ def _pull(options: Any) -> int:
     return 0
 
 
+def _profile(options: Any) -> int:
+    from torchbandit.profile.run import main as profile
+
+    profile(options)
+    return 0
+
+
 COMMANDS = {
     "train": Command(
         "Train a language model; without options, the demo.", "torchbandit.train.options:TrainOptions", _train,
@@ -70,6 +77,10 @@ COMMANDS = {
     ),
     "score": Command(
         "Score the prompt/response pairs of a JSONL file.", "torchbandit.score.options:ScoreOptions", _score
+    ),
+    "profile": Command(
+        "What a reward model and a reference lose, and save, in each precision.",
+        "torchbandit.profile.options:ProfileOptions", _profile,
     ),
     "pull": Command("Fetch models into the hub's cache ahead of a run.", "torchbandit.pull:PullOptions", _pull),
 }  # fmt: skip

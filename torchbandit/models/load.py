@@ -124,6 +124,8 @@ def _load(
         quantize.require_available(spec.quantization, device)
     folder = fetch(spec, weights=True)
     skeleton = _skeleton(auto, _config(spec), torch.device("meta"), target)
+    if spec.quantization is not None:
+        quantize.check_shapes(spec.quantization, skeleton, device, str(spec.path))
     files = weights.check_files(folder, str(spec.path))
     check_fits(spec, skeleton, target, device)
     keep = quantize.outside_layers(skeleton)

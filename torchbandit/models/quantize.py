@@ -49,6 +49,19 @@ def require_available(quantization: Quantization, device: torch.device) -> None:
     raise ImportError(message) if "pip install" in reason else ValueError(message)
 
 
+def check_shapes(quantization: Quantization, skeleton: nn.Module, device: torch.device, name: str) -> None:
+    """Raises:
+    ValueError: bitsandbytes' CPU kernel takes inputs 64 at a time, and a layer has another size.
+    """
+    if quantization != "nf4" or device.type != "cpu":
+        return
+    for layer in inside_layers(skeleton):
+        module = skeleton.get_submodule(layer)
+        if isinstance(module, nn.Linear) and module.in_features % 64:
+            raise ValueError(f"model {name}: nf4 on the CPU needs layer inputs of a multiple of 64, got "
+                             f"{module.in_features} in {layer}; use int8 there")  # fmt: skip
+
+
 def config(quantization: Quantization, keep: list[str], dtype: torch.dtype) -> Any:
     """What `from_pretrained` takes to quantise while it loads, tensor by tensor.
 
