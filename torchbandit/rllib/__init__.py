@@ -9,7 +9,7 @@ from __future__ import annotations
 try:
     import ray.rllib  # noqa: F401
 except ImportError as error:
-    raise ImportError("torchbandit.rllib needs RLlib: pip install 'torchbandit[rllib]'") from error
+    raise ImportError(f"torchbandit.rllib needs RLlib ({error}): pip install 'torchbandit[rllib]'") from error
 
 from torchbandit.adapters.gymnasium import BanditVectorEnv
 from torchbandit.rllib.algorithm import BanditPPO
