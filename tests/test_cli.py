@@ -225,16 +225,23 @@ def test_train_with_a_policy_is_its_own(commands: Callable[..., Any]) -> None:
     assert (options.reward_model, options.algo, options.resume, options.steps) == (["a", "b"], "grpo", True, 100)
 
 
-@pytest.mark.parametrize("command", ["train", "score"])
+@pytest.mark.parametrize("command", ["train", "score", "profile", "bench", "pull"])
 def test_every_option_has_its_help(command: str, commands: Callable[..., Any]) -> None:
     parser = cli._parser(command, cli._options_class(command))
     assert not [action.dest for action in parser._actions if not (action.help or "").strip()]
 
 
+def test_bench_takes_its_first_word_bare(commands: Callable[..., Any]) -> None:
+    assert commands("bench", ["step", "--tiny"]).what == commands("bench", ["--tiny", "--what", "step"]).what == "step"
+    assert commands("bench", []).what == "all"
+    with pytest.raises(ValueError, match="--what: must be step or score .*, got boat"):
+        commands("bench", ["boat"])
+
+
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from torchbandit.cli import main\n"
-        "for argv in ([], ['train', '--help'], ['score', '--help']):\n"
+        "for argv in ([], ['train', '--help'], ['score', '--help'], ['bench', '--help']):\n"
         "    try: main(argv)\n"
         "    except SystemExit: pass\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'ray', 'numpy')))"

@@ -27,6 +27,7 @@ class Command(NamedTuple):
     options: str  # module:dataclass; importing it must be cheap
     run: Callable[[Any], int]
     complete: Callable[[dict[str, Any]], dict[str, Any]] = dict  # fills in what depends on what was given
+    first: str | None = None  # the option that may be given first, without its name
 
 
 def _train_defaults(given: dict[str, Any]) -> dict[str, Any]:
@@ -70,6 +71,13 @@ def _profile(options: Any) -> int:
     return 0
 
 
+def _bench(options: Any) -> int:
+    from torchbandit.bench.run import bench
+
+    bench(options)
+    return 0
+
+
 COMMANDS = {
     "train": Command(
         "Train a language model; without options, the demo.", "torchbandit.train.options:TrainOptions", _train,
@@ -81,6 +89,10 @@ COMMANDS = {
     "profile": Command(
         "What a reward model and a reference lose, and save, in each precision.",
         "torchbandit.profile.options:ProfileOptions", _profile,
+    ),
+    "bench": Command(
+        "Measure the package beside its peers and the hardware's limits.", "torchbandit.bench.options:BenchOptions",
+        _bench, first="what",
     ),
     "pull": Command("Fetch models into the hub's cache ahead of a run.", "torchbandit.pull:PullOptions", _pull),
 }  # fmt: skip
@@ -136,6 +148,8 @@ def read_options(command: str, argv: Sequence[str]) -> Any:
     """
     cls = _options_class(command)
     parser, hints = _parser(command, cls), get_type_hints(cls)
+    if argv and COMMANDS[command].first is not None and not argv[0].startswith("-"):
+        argv = [_option(str(COMMANDS[command].first)), *argv]
     known = [_option(field.name) for field in dataclasses.fields(cls)] + ["--config", "--help"]
     accepted = {text for action in parser._actions for text in action.option_strings}
     for token in argv:
@@ -166,7 +180,7 @@ def _parser(command: str, cls: type) -> ArgumentParser:
     about, helps = _docs(cls)
     parser = ArgumentParser(
         prog=f"torchbandit {command}", description=about, exit_on_error=False, allow_abbrev=False,
-        formatter_class=_Help, usage=f"torchbandit {command} [options]",
+        formatter_class=_Help, usage=_usage(command),
     )  # fmt: skip
     parser.add_argument("--config", type=str, help="YAML file whose keys are the options below; arguments win.")
     hints = get_type_hints(cls)
@@ -184,6 +198,11 @@ def _parser(command: str, cls: type) -> ArgumentParser:
         else:
             parser.add_argument(option, type=hint, **shared)
     return parser
+
+
+def _usage(command: str) -> str:
+    first = COMMANDS[command].first
+    return f"torchbandit {command} {f'[{first.upper()}] ' if first else ''}[options]"
 
 
 class _Help(DefaultHelpFormatter):

@@ -71,7 +71,25 @@ def no_host_copy(allow: int = 0) -> Iterator[None]:
         if made > allow:
             raise AssertionError(f"no_host_copy: {what} brings a value of the device to the host (copy {made})")
 
-    def refuse(name: str) -> Callable[..., Any]:
+    with ExitStack() as stack:
+        stack.enter_context(_watched(seen))
+        if torch.cuda.is_available() and torch.cuda.is_initialized() and allow == 0:
+            stack.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+
+
+@contextmanager
+def count_host_copies() -> Iterator[list[str]]:
+    """Record what `no_host_copy` refuses: a name for each copy, in the list that it yields."""
+    made: list[str] = []
+    with _watched(made.append):
+        yield made
+
+
+@contextmanager
+def _watched(seen: Callable[[str], None]) -> Iterator[None]:
+    def told(name: str) -> Callable[..., Any]:
         original = getattr(torch.Tensor, name)
 
         def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -82,9 +100,6 @@ def no_host_copy(allow: int = 0) -> Iterator[None]:
 
     with ExitStack() as stack:
         for name in ("tolist", "numpy", "__array__"):  # these read memory, past the dispatcher
-            stack.enter_context(mock.patch.object(torch.Tensor, name, refuse(name)))
-        if torch.cuda.is_available() and torch.cuda.is_initialized() and allow == 0:
-            stack.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
-            torch.cuda.set_sync_debug_mode("error")
+            stack.enter_context(mock.patch.object(torch.Tensor, name, told(name)))
         stack.enter_context(_Watch(seen))
         yield

@@ -1,0 +1,105 @@
+"""A smoke run of every benchmark with tiny sizes, and the frame around them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torchbandit import cli
+from torchbandit.bench import step
+from torchbandit.bench.frame import Frame, Line, Peer
+from torchbandit.bench.peers import DEFAULTS, read_settings
+
+
+def bench(what: str, capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    """The last line of a run, which is JSON; every line says what it must."""
+    threads = torch.get_num_threads()
+    assert cli.main(["bench", what, "--tiny", *argv]) == 0
+    assert torch.get_num_threads() == threads
+    out = capsys.readouterr().out
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    assert found["environment"]["torch"] == torch.__version__ and found["limits"]["copy_bytes_s"] > 0
+    for line in found["lines"]:
+        assert line["work"] in out and line["unit"] in ("rows/s", "tokens/s", "samples/s")
+        assert 0 < line["low"] <= line["rate"] <= line["high"], line
+        assert line["host_syncs"] is not None or line["bench"] != "step"
+        for peer in line["peers"]:
+            assert peer["ratio"] == pytest.approx(line["rate"] / peer["rate"]), line
+    return found
+
+
+def test_step(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = bench("step", capsys, "--json", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png"))
+    assert json.loads((tmp_path / "x.json").read_text()) == found
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    lines = [line for line in found["lines"] if "CPU" in line["work"]]
+    assert len(lines) == 2 and all(line["host_syncs"] == 0 for line in lines)
+    told = any("ChatEnv does more" in note for note in lines[0]["notes"])
+    assert told == bool(lines[0]["peers"]) == ("step: chatenv" not in found["left_out"])
+
+
+def test_a_fast_wrong_answer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = step.Work(64, torch.device("cpu"), width=16)
+    work.check()
+    reset = work.env.reset
+
+    def wrong() -> Any:
+        td = reset()
+        td["tokens", "prompt"] = td["tokens", "prompt"].roll(1, 0)
+        return td
+
+    monkeypatch.setattr(work.env, "reset", wrong)
+    with pytest.raises(AssertionError):
+        work.check()
+
+
+def test_a_peer_that_is_missing_is_skipped_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torchbandit.bench.frame.installed", lambda peer: None)
+    found = bench("step", capsys)
+    assert found["left_out"]["step: chatenv"] == "not installed" and not found["lines"][0]["peers"]
+
+
+def test_settings_of_peers_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "peers.yaml"
+    file.write_text("chatenv: {max_rows: 0}\ntrl: {beta: 0.1}\n")
+    settings = read_settings(str(file))
+    assert settings["chatenv"] == DEFAULTS["chatenv"] | {"max_rows": 0} and settings["trl"]["beta"] == 0.1
+    found = bench("step", capsys, "--peers", str(file))
+    assert found["peers"]["chatenv"]["max_rows"] == 0 and not found["lines"][0]["peers"]
+    for text, says in (
+        ("chatenv: {rows: 3}", "chatenv has no setting rows; it has input_modes, max_rows"),
+        ("vllm: {}", "unknown peer 'vllm'; there are chatenv"),
+        ("- chatenv", "must hold a table of settings"),
+        ("a: [", "cannot be read"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            read_settings(str(file))
+
+
+def test_the_best_peer_is_the_quickest() -> None:
+    line = Line("step", "w", 10.0, "rows/s", 9.0, 11.0, peers=[Peer("a", 2.0, 5.0), Peer("b", 5.0, 2.0)])
+    assert line.best == line.peers[1]
+    assert "2 x b, the best peer; 5 x a" in line.text()
+    assert Line("step", "w", 10.0, "rows/s", 9.0, 11.0).best is None
+
+
+def test_host_syncs_are_counted() -> None:
+    frame, x = Frame(tiny=True), torch.ones(3)
+    x = x.to(frame.device)
+    assert frame.host_syncs(lambda: x.sum()) == 0
+    assert frame.host_syncs(lambda: (x.sum().item(), x.tolist())) >= 2
+
+
+@pytest.mark.slow
+def test_rllib(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray", reason="the rllib extra is not installed")
+    found = bench("rllib", capsys)
+    assert [line["work"] for line in found["lines"]] == [f"sample + get_metrics, {n} rows" for n in (16, 32)]
+    assert all(line["best"]["name"].startswith("RLlib") for line in found["lines"])
