@@ -35,6 +35,10 @@ HOME = {  # a third party, and the only places that may import it when they run
     "vllm": {"adapters/vllm"},
     "numpy": {"rllib", "adapters", "bench"},
     "jsonargparse": {"cli"},
+    "huggingface_hub": {"models/hub"},
+    "bitsandbytes": {"models/quantize"},
+    "torchao": {"models/quantize"},
+    "peft": {"models/adapters"},
 }
 SCRIPTS = {"demo/make"}  # run by hand, imported by nobody
 

@@ -3,6 +3,7 @@
 Safetensors only, no remote code, dropout off, no gradient unless asked for.
 """
 
+from torchbandit.models.adapters import causal_lm_on, reward_model_on, without_adapter
 from torchbandit.models.load import (
     context_length,
     disable_dropout,
@@ -20,6 +21,7 @@ __all__ = [
     "ModelLike",
     "ModelSpec",
     "Quantization",
+    "causal_lm_on",
     "check_same_tokenizer",
     "context_length",
     "disable_dropout",
@@ -29,7 +31,9 @@ __all__ = [
     "load_reward_model",
     "load_tokenizer",
     "quiet_bars",
+    "reward_model_on",
     "stop_ids_of",
     "wants_compile",
     "with_pad",
+    "without_adapter",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from torchbandit.models import quantize, weights
+from torchbandit.models import adapters, quantize, weights
 from torchbandit.models.estimate import check_fits
 from torchbandit.models.hub import fetch
 from torchbandit.models.mapped import given_back
@@ -115,6 +116,12 @@ def _load(
         disable_dropout(model)
         return model if trainable else model.eval()
     spec, device = as_spec(model, dtype), torch.device(device)
+    if spec.adapter is not None:
+        base = _load(AutoModelForCausalLM, replace(spec, adapter=None), device, dtype, False)
+        lay = adapters.causal_lm_on if auto is AutoModelForCausalLM else adapters.reward_model_on
+        adapted = lay(base, spec.adapter, trainable=trainable)
+        disable_dropout(adapted)
+        return adapted
     target = dtype_on(spec.dtype, device)
     options: dict[str, Any] = {}
     if spec.quantization is not None:
