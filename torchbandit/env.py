@@ -78,6 +78,8 @@ class BanditEnv:
         self.rewards = RewardPipeline(
             reward, device=self.device, tokenizer=self.prompts.tokenizer, prompts=self.prompts
         )
+        self.packing_metrics: dict[str, float] = {}
+        """How the models' rows were laid out in the last step: tokens, padding and sharing."""
         eos = self.prompts.tokenizer.eos_token_id
         self._handed_out: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
         self._eos_ids = torch.tensor([] if eos is None else [eos], dtype=torch.int64, device=self.device)
@@ -164,6 +166,7 @@ class BanditEnv:
                     group_id=out.get(batch.GROUP_ID, None),
                     packing=self.packing,
                 )
+                self.packing_metrics = plan.metrics
             return plan
 
         own = self._are_own(td[batch.PROMPT], td[batch.PROMPT_MASK])

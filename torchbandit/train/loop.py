@@ -16,16 +16,15 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from torchbandit import batch, losses
-from torchbandit.batch import masked_mean, masked_whiten
+from torchbandit.batch import masked_whiten
 from torchbandit.clock import Clock
 from torchbandit.corpus import Corpus
 from torchbandit.env import BanditEnv
 from torchbandit.masters import MasterOptimizer
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.responses import last_token
+from torchbandit.train.metrics import Metrics, reward_metrics, to_host
 from torchbandit.train.options import LoopOptions
-
-Metrics = dict[str, float]
 
 
 class RunStopped(ValueError):
@@ -107,10 +106,10 @@ class BanditTrainer:
             td = self.policy.generate(td, group_size=self.env.group_size)
         with clock("score"):
             td = self.env.step(td)
-        rewards = self.reward_metrics(td)
+        rewards = reward_metrics(td, self.env.group_size, self._reduce if self.world_size > 1 else None)
         with clock("learn"):
             learned = self.learn(self.targets(td))
-        metrics = self._to_host(rewards | learned)
+        metrics = to_host(rewards | learned)
         self._stop_if_unscorable(metrics, td)
         seconds = clock.read()
         total = seconds.pop("total")
@@ -119,6 +118,7 @@ class BanditTrainer:
         return (
             {"step": self.steps_done}
             | metrics
+            | self.env.packing_metrics
             | {"samples_per_s": rows / total}
             | {f"time/{stage}_s": value for stage, value in seconds.items()}
         )
@@ -260,42 +260,12 @@ class BanditTrainer:
             )
         return loss, metrics
 
-    def reward_metrics(self, td: TensorDict) -> dict[str, Tensor]:
-        """Means over the scorable rows of all ranks, as scalars on the device."""
-        scorable = ~td[batch.UNSCORABLE]
-        every = torch.ones_like(scorable)
-        rows: dict[str, tuple[Tensor, Tensor]] = {"reward": (td[batch.REWARD].squeeze(-1), scorable)}
-        for name, value in td[batch.REWARD_TERMS].items():
-            rows[f"reward_terms/{name}"] = (value, value.isfinite())
-        if "kl" in td[batch.REWARD_TERMS].keys():
-            rows["kl"] = rows["reward_terms/kl"]
-        rows["unscorable"] = (td[batch.UNSCORABLE].float(), every)
-        rows["truncated"] = (td[batch.TRUNCATED].squeeze(-1).float(), every)
-        rows["response_length"] = (td[batch.RESPONSE_MASK].sum(-1).float(), every)
-        means = {name: self._mean(value.float(), kept) for name, (value, kept) in rows.items()}
-        reward, kept = rows["reward"]
-        means["reward_std"] = self._mean((reward.float() - means["reward"]).square(), kept).sqrt()
-        if self.env.group_size > 1:
-            constant = losses.group_is_constant(reward.float(), self.env.group_size, kept)
-            means["constant_groups"] = self._mean(constant.float(), every)
-        return means
-
-    def _mean(self, value: Tensor, kept: Tensor) -> Tensor:
-        if self.world_size == 1:
-            return masked_mean(value, kept)
-        total, count = self._reduce(torch.stack((batch.masked_sum(value, kept), kept.sum().float()))).unbind()
-        return total / count.clamp(min=1)
-
     def _reduce(self, x: Tensor) -> Tensor:
         if self.world_size == 1:
             return x
         reduced = self.accelerator.reduce(x, reduction="sum")
         assert isinstance(reduced, Tensor)
         return reduced
-
-    def _to_host(self, metrics: dict[str, Tensor]) -> Metrics:
-        """One copy for all numbers of a step."""
-        return dict(zip(metrics, torch.stack([v.detach().float() for v in metrics.values()]).tolist(), strict=True))
 
     def _stop_if_unscorable(self, metrics: Metrics, td: TensorDict) -> None:
         if metrics["unscorable"] <= 0.5:
