@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
@@ -17,6 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from torchbandit.models.spec import ModelSpec, first_line
 
@@ -55,10 +57,23 @@ def fetch(spec: ModelSpec, what: str = "model", *, weights: bool = False) -> Pat
     patterns = [*SMALL, *(WEIGHTS if weights else ())]
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=list(ELSEWHERE))
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=list(ELSEWHERE),
+                tqdm_class=None if weights else _Quiet,
+            )
         )
     except Exception as error:
         raise ValueError(where + _remedy(error, name, revision)) from error
+
+
+class _Quiet(tqdm):
+    """No bar for a handful of small files."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **(options | {"disable": True}))  # type: ignore[no-untyped-call]
 
 
 def _remedy(error: Exception, name: str, revision: str) -> str:

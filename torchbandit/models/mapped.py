@@ -17,7 +17,7 @@ _DONTNEED = 4  # of madvise: a page that is read again comes back from the file
 
 
 @contextlib.contextmanager
-def given_back(files: Iterable[Path], every_s: float = 0.02) -> Iterator[None]:
+def given_back(files: Iterable[Path], every_s: float = 0.01) -> Iterator[None]:
     """Inside the block, drop the read pages of mapped files again and again.
 
     Only for mappings that nobody writes to: a page that was written would lose it. Does nothing without /proc.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchbandit import demo
-from torchbandit.generation import Sampling, generate
+from torchbandit.generation import Sampling, generate, release
 from torchbandit.models import stop_ids_of
 from torchbandit.profile.options import ProfileOptions
 from torchbandit.prompts import PromptSet
@@ -88,6 +88,7 @@ def answer(options: ProfileOptions, reference: PreTrainedModel, tokenizer: PreTr
         stop_ids=stop_ids_of(reference, tokenizer), pad_id=0 if eos is None else int(eos),
         generator=torch.Generator(reference.device).manual_seed(0), group_size=GROUP,
     )  # fmt: skip
+    release(reference)
     rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
     responses = [row[keep].tolist() for row, keep in zip(out.tokens.cpu(), out.mask.cpu(), strict=True)]
     return _sorted(rows, responses, siblings(rows), f"the reference's answers to {number} demo prompts")
