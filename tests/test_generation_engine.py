@@ -21,7 +21,7 @@ from torchbandit.generation import Generated, Sampling, generate, release
 from torchbandit.generation.attention import decode_mode
 from torchbandit.generation.cache import Cache, LayerShape, layer_shapes
 from torchbandit.generation.engine import Engine, bucket
-from torchbandit.generation.lanes import Lanes
+from torchbandit.generation.lanes import Lanes, advance
 from torchbandit.generation.plain import generate_plain
 from torchbandit.generation.step import Stepper, compiled_body
 
@@ -196,6 +196,41 @@ def test_the_reference_attention_reads_each_lane_to_its_length() -> None:
     for lane, (place, last) in enumerate(lanes.tolist()):
         k, v = (x[place, :, : last + 1].repeat_interleave(1, 0) for x in (keys, values))
         torch.testing.assert_close(out[lane], F.scaled_dot_product_attention(query[lane], k, v, scale=0.3))
+
+
+def test_the_device_itself_stops_a_lane_at_the_limit() -> None:
+    """The host learns late, or not at all; what a lane does beyond its limit must be written nowhere."""
+    lanes = Lanes(3, 5, torch.device("cpu"))
+    lanes.begin(3, (9,))
+    lanes.active[:2] = True
+    lanes.length.fill_(4)
+    drawn = torch.tensor([[1, 1, 1], [2, 9, 2], [3, 3, 3], [4, 4, 4]])
+    seen = []
+    for tokens in drawn:
+        advance(
+            tokens, tokens.float(), lanes.place, lanes.token, lanes.length, lanes.count, lanes.active,
+            lanes.tokens, lanes.log_probs, lanes.limit, lanes.stops,
+        )  # fmt: skip
+        seen.append(lanes.active.tolist())
+    assert seen == [[True, True, False], [True, False, False], [False] * 3, [False] * 3]
+    assert lanes.count.tolist() == [3, 2, 0]
+    assert lanes.tokens[:, :-1].tolist() == [[1, 2, 3, 0, 0], [1, 9, 0, 0, 0], [0] * 5, [0] * 5]
+    assert lanes.length.tolist() == [0, 0, 0], "an idle lane reads as little as can be"
+
+
+def test_places_are_what_memory_affords_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, cuda = [LayerShape(8, 64, torch.bfloat16)] * 16, torch.device("cuda")
+    one = generation.bytes_per_place(shapes, 512)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _d: (10 * one, 99 * one))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _d: 5 * one)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _d: 2 * one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert generation._affordable(shapes, 512, 9, cuda) == (9, False)  # 0.8 * 13, less the scratch place
+    with pytest.warns(UserWarning, match="20 rows of 512 tokens exceed .* 9 run at a time"):
+        assert generation._affordable(shapes, 512, 20, cuda) == (9, True)
+    with pytest.raises(ValueError, match="not one response"):
+        generation._affordable(shapes, 512 * 20, 20, cuda)
 
 
 def test_layer_shape_names_what_a_token_costs() -> None:

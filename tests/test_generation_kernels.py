@@ -49,6 +49,25 @@ def test_attention_equals_the_reference(K: int, H: int, D: int, splits: int | No
     torch.testing.assert_close(mine.float(), whole, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("splits", [1, 3, None])
+@pytest.mark.parametrize(("K", "H", "D"), [(2, 4, 64), (3, 1, 16), (1, 5, 80), (2, 20, 8)])
+def test_attention_writes_the_new_token_on_its_way(K: int, H: int, D: int, splits: int | None) -> None:
+    query, _keys, values, lanes, clean = case(5, K, H, D, 300, torch.float32)
+    place, last = lanes[:, 0, 0, 0].long(), lanes[:, 0, 0, 1].long()
+    joint = torch.randn(5, 1, 2 * K * D, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    new = [x.view(5, 1, K, D).transpose(1, 2) for x in joint.split(K * D, -1)]  # slices of one product
+    keys = clean.clone()
+    keys[place, :, last] = float("nan")  # the old entry is not read
+    for where, x in ((clean, new[0]), (values, new[1])):
+        where[place, :, last] = x[:, :, 0]
+    whole = attention.decode_attention._init_fn(query, clean, values, lanes, 0.21)
+    values_too = values.clone()
+    values_too[place, :, last] = float("nan")
+    mine = kernels.decode_attention(query, keys, values_too, lanes, 0.21, (new[0], new[1]), splits=splits)
+    torch.testing.assert_close(mine, whole, rtol=2e-5, atol=2e-5)
+    assert torch.equal(keys, clean) and torch.equal(values_too, values), "exactly the lanes' own rows are written"
+
+
 def test_attention_takes_a_query_of_any_strides() -> None:
     query, _keys, values, lanes, clean = case(4, 2, 4, 16, 70, torch.float32)
     strided = query.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)

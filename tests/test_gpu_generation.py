@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import torchbandit.generation as generation
-from torchbandit.generation import Generated, Sampling, generate, release
+from torchbandit.generation import Generated, Sampling, fuse, generate, release, step
+from torchbandit.generation.cache import layer_shapes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: recorded steps and Triton kernels")
 MANY_STOPS = tuple(range(0, 259, 7))
@@ -109,3 +110,45 @@ def test_release_frees_the_cache() -> None:
     release(model)
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated() - before < 100_000
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_fast_ways_say_what_the_plain_compiled_step_says(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, mask = cuda_case(arch, 40)
+    outs = []
+    for fast in ((), ("products",), ("writes",), ("products", "writes")):
+        monkeypatch.setattr(step, "FAST", frozenset(fast))
+        release(model)
+        outs.append(call(model, ids, mask, Sampling(40, 0), STOPS))
+        assert generation._engines[model].stepper.fast == frozenset(fast), "it fell back"
+    for out in outs[1:]:
+        assert torch.equal(out.tokens, outs[0].tokens)
+        torch.testing.assert_close(out.log_probs, outs[0].log_probs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_fast_way_that_fails_is_left_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, mask = cuda_case()
+    good = call(model, ids, mask, Sampling(20, 0), STOPS)
+    release(model)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(fuse.Part, "forward", broken)
+    with pytest.warns(UserWarning, match="without products, writes"):
+        out = call(model, ids, mask, Sampling(20, 0), STOPS)
+    assert torch.equal(out.tokens, good.tokens)
+
+
+def test_fewer_places_than_rows_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, mask = cuda_case(rows=40)
+    whole = call(model, ids, mask, Sampling(40))
+    release(model)
+    one = generation.bytes_per_place(layer_shapes(model, 64), 64)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _d: (20 * one, 10**12))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda d: torch.cuda.memory_allocated(d))
+    with pytest.warns(UserWarning, match="15 run at a time"):
+        out = call(model, ids, mask, Sampling(40))
+    assert max(generation._engines[model].steps) == 15
+    torch.testing.assert_close(out.log_probs, rescore(model, ids, mask, out, 1.0), rtol=1e-3, atol=1e-3)
+    assert torch.equal(out.tokens, whole.tokens)

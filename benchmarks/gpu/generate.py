@@ -1,15 +1,19 @@
 """Generation on one GPU: correctness first, then each row beside transformers' generate and the bandwidth's limit.
 
-    python benchmarks/gpu/generate.py                    # the whole table, under four minutes on an H200
+    python benchmarks/gpu/generate.py                    # the whole table, about two minutes on an H200
     python benchmarks/gpu/generate.py --only exact,b256  # some rows
     python benchmarks/gpu/generate.py --tiny             # a smoke test, also on a CPU
 
 Rows: exact (greedy against transformers in float32 for four architectures, log-probs against a re-score), kernel (the
 attention and the draw alone, with other settings beside the ones in use), b256 and b1024 (Llama shape, hidden 2048, 16
-layers, vocabulary 128256; prompts and responses of 256), ragged (512 rows in 256 places), long (410M, 64 rows, P=150,
-C=4096). Random bf16 weights. Times of a step are (a call of C tokens - a call of 1) / (C - 1), so without prefill.
+layers, vocabulary 128256; prompts and responses of 256), ragged (512 rows in 256 places), small (410M, 512 rows, P=112,
+C=128: what a training step generates), long (410M, 64 rows, P=150, C=4096). Random bf16 weights. Times of a step
+are (a call of C tokens - a call of 1) / (C - 1), so without prefill.
 The limit is (weights + cache in use) / (bytes a second read, measured here). A second limit adds up what a step cannot
-overlap: its matrix products, timed alone at this batch size, and the cache in use. The last line is JSON.
+overlap: its matrix products, timed alone at this batch size, and the cache in use; `arithmetic_limit` takes for each
+product its bytes or its arithmetic at the measured rate, whichever lasts longer. `b256` also shows a step with less
+(without joint products, without late writes) or with more (combined kernels), and what its kernels take. transformers'
+steps are means over 64 tokens, whose cache is shorter on average than ours over 256. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,13 +26,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._inductor.config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedModel, Qwen2Config
 
 import torchbandit.generation as generation
-from torchbandit.generation import Generated, Sampling, generate, release
+from torchbandit.generation import Generated, Sampling, fuse, generate, release, step
 
-ROWS = ("exact", "kernel", "b256", "b1024", "ragged", "long")
+ROWS = ("exact", "kernel", "b256", "b1024", "ragged", "small", "long")
 SHAPES: dict[str, dict[str, int]] = {
     "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
            "intermediate_size": 8192, "vocab_size": 128256},
@@ -81,7 +87,7 @@ class Bench:
             read = big.nbytes / self.seconds(lambda: big.sum(), 5)
             copy = 2 * other.nbytes / self.seconds(lambda: other.copy_(big[: len(other)]), 5)
             matmul = 2 * len(a) ** 3 / self.seconds(lambda: a @ a, 20)
-        self.read = max(read, copy)
+        self.read, self.matmul = max(read, copy), matmul
         self.say("limits", read_tb_s=read / 1e12, copy_tb_s=copy / 1e12, matmul_tflop_s=matmul / 1e12)
 
     def say(self, row: str, **numbers: Any) -> None:
@@ -204,16 +210,16 @@ def attention_alone(bench: Bench, n: int, H: int, L: int, used: int) -> None:
 
     q = torch.randn(n, 8, H, 64, device=bench.device, dtype=bench.dtype)
     keys, values = (torch.randn(n + 1, 8, L, 64, device=bench.device, dtype=bench.dtype) for _ in range(2))
+    at = used - 1
+    new = (keys[:n, :, at : at + 1].clone(), values[:n, :, at : at + 1].clone())
     lanes = torch.stack((torch.arange(n), torch.full((n,), used - 1)), -1).int().view(n, 1, 1, 2).to(bench.device)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     calls: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: kernels.decode_attention(q, keys, values, lanes, 0.125),
+        "ours_with_write": lambda: kernels.decode_attention(q, keys, values, lanes, 0.125, new),
         "sdpa_no_mask": lambda: sdpa(q, keys[:n, :, :used], values[:n, :, :used], scale=0.125),
     }
-    for block, warps, stages, splits in (
-        (64, 4, 2, None), (64, 2, 3, None), (64, 2, 2, None), (128, 4, 2, None), (128, 4, 3, None), (128, 8, 2, None),
-        (32, 2, 4, None), (32, 1, 4, None), (64, 4, 3, 2), (64, 2, 3, 2), (128, 4, 2, 2), (64, 2, 3, 4),
-    ):  # fmt: skip
+    for block, warps, stages, splits in ((64, 4, 3, None), (64, 2, 2, None), (32, 1, 6, None), (32, 2, 4, None)):
         how: dict[str, Any] = {"block": block, "warps": warps, "stages": stages, "splits": splits}
         call = functools.partial(kernels.decode_attention, q, keys, values, lanes, 0.125, **how)
         calls[f"b{block}w{warps}s{stages}x{splits or '-'}"] = call
@@ -266,30 +272,78 @@ def token_bytes(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def products(bench: Bench, model: PreTrainedModel, n: int) -> float:
-    """Seconds of all matrix products of a step at batch n, alone."""
+def products(bench: Bench, model: PreTrainedModel, n: int, joint: bool = False) -> float:
+    """Seconds of all matrix products of a step at batch n, alone; `joint`: siblings as one, where they lie so."""
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    weights = {id(m): m.weight for m in linears}
+    for family in fuse.families(step.decoder_layers(model)) if joint else ():
+        whole = fuse.joined([m.weight for m in family.linears])
+        if whole is not None:
+            weights[id(family.linears[0])] = whole
+            for m in family.linears[1:]:
+                del weights[id(m)]
     inputs = {m.in_features: torch.randn(n, m.in_features, device=bench.device, dtype=bench.dtype) for m in linears}
 
-    def step() -> None:
-        for m in linears:
-            m(inputs[m.in_features])
+    def run() -> None:
+        for weight in weights.values():
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
-    if not bench.cuda:
-        return bench.seconds(step)
-    step()
-    bench.wait()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
-    return bench.seconds(graph.replay, 20)
+    return replayed(bench, run, 50) if bench.cuda else bench.seconds(run)
 
 
-def fixed(bench: Bench, row: str, rows: int, hf: bool) -> None:
+def arithmetic_limit(bench: Bench, model: PreTrainedModel, n: int) -> float:
+    """Seconds of all products if each took its bytes' time or its arithmetic's, whichever is longer."""
+    sizes = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    return sum(max(size * model.dtype.itemsize / bench.read, 2 * n * size / bench.matmul) for size in sizes)
+
+
+def variants(bench: Bench, row: str, model: PreTrainedModel, ids: Tensor, mask: Tensor, C: int) -> None:
+    """A step with less and with more than it has, one after another on the same work."""
+    shown: dict[str, Any] = {}
+    n, length, usual = len(ids), ids.shape[1] + C // 2, step.FAST
+    ways: dict[str, frozenset[str]] = {
+        "in use": usual, "plain": frozenset(), "products": frozenset({"products"}), "with combo kernels": usual,
+    }  # fmt: skip
+    for name, fast in ways.items():
+        release(model)
+        step.FAST = fast
+        how: Any = {}
+        if "combo" in name:
+            torch._dynamo.reset()
+            how = {"combo_kernels": True}
+        try:
+            with torch._inductor.config.patch(how):
+                ours(bench, model, ids, mask, C)
+            engine = generation._engines[model]
+            assert not bench.cuda or engine.stepper.fast == fast, "fell back"
+            shown[name] = round(1e3 * step_seconds(bench, model, engine, n, length, C), 3)
+        except Exception as error:  # a way that is not in use may fail
+            if name == "in use":
+                raise
+            shown[name] = f"{type(error).__name__}: {str(error)[:200]}"
+        finally:
+            step.FAST = usual
+    release(model)
+    torch._dynamo.reset()  # what was compiled with other settings
+    bench.say(row, step_ms_by_way=shown)
+
+
+def profile(bench: Bench, row: str, call: Callable[[], Any], repeats: int = 5) -> None:
+    """Microseconds and launches a step, by kernel."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+        bench.seconds(call, repeats)
+    events = sorted(prof.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events) / repeats
+    print(f"{row:8} kernels of a step: {total:.0f} us")
+    for e in events[:24]:
+        print(f"{'':8} {e.self_device_time_total / repeats:8.1f} us  {e.count / repeats:5.1f} x  {e.key[:110]}")
+
+
+def fixed(bench: Bench, row: str, rows: int, hf: bool, shape: str = "1b", P: int = 256, C: int = 256) -> None:
     """Every row draws all its tokens."""
-    model = bench.model("1b")
-    P, C = (256, 256) if not bench.tiny else (16, 8)
+    model = bench.model(shape)
+    P, C = (P, C) if not bench.tiny else (16, 8)
     rows = rows if not bench.tiny else rows // 16
     bf16_agreement(bench, row, model)
     release(model)
@@ -303,29 +357,36 @@ def fixed(bench: Bench, row: str, rows: int, hf: bool) -> None:
     out = ours(bench, model, ids, mask, C)
     assert out.mask.all() and generation._engines[model] is engine and engine.stepper.record_s == recorded
     one = bench.seconds(lambda: ours(bench, model, ids, mask, 1))
-    step = (whole - one) / (C - 1)
+    step_s = (whole - one) / (C - 1)
     used = rows * (P + C / 2) * token_bytes(model)
     limit = (weight_bytes(model) + used) / bench.read
-    matrix = products(bench, model, rows)
+    matrix, joint = products(bench, model, rows), products(bench, model, rows, joint=True)
+    arithmetic = arithmetic_limit(bench, model, rows) + used / bench.read
     bench.say(
-        row, first_call_s=first, compile_and_record_s=recorded, call_s=whole, prefill_s=one - step, step_ms=1e3 * step,
-        limit_ms=1e3 * limit, percent_of_limit=100 * limit / step, products_ms=1e3 * matrix,
+        row, first_call_s=first, compile_and_record_s=recorded, call_s=whole, prefill_s=one - step_s,
+        step_ms=1e3 * step_s, limit_ms=1e3 * limit, percent_of_limit=100 * limit / step_s,
+        arithmetic_limit_ms=1e3 * arithmetic, percent_of_arithmetic_limit=100 * arithmetic / step_s,
+        fast=sorted(engine.stepper.fast), products_ms=1e3 * matrix, joint_products_ms=1e3 * joint,
         products_and_cache_ms=1e3 * (matrix + used / bench.read),
-        percent_of_products_and_cache=100 * (matrix + used / bench.read) / step, tokens_per_s=rows * C / whole,
+        percent_of_products_and_cache=100 * (matrix + used / bench.read) / step_s, tokens_per_s=rows * C / whole,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if bench.cuda else 0.0,
     )  # fmt: skip
+    if bench.cuda:
+        step_seconds(bench, model, engine, rows, P + C // 2, C)  # lanes set up, and with most of their tokens to come
+        profile(bench, row, functools.partial(engine.stepper, model, rows, P + C, True))
     if hf:
         release(model)
         for name, how in (("dynamic", {}), ("static", {"cache_implementation": "static"})):
-            T = C if name == "dynamic" else C // 2
-            theirs(model, ids, mask, 4, **how)
-            begin = bench.seconds(lambda h=how, t=T: theirs(model, ids, mask, t, **h))  # compiles, where it does
+            T = min(C, 64)
+            # The first call of a length compiles, where anything does.
+            begin = bench.seconds(lambda h=how, t=T: theirs(model, ids, mask, t, **h))
             again = bench.seconds(lambda h=how, t=T: theirs(model, ids, mask, t, **h))
             prefill = bench.seconds(lambda h=how: theirs(model, ids, mask, 1, **h))
             each = (again - prefill) / (T - 1)
             bench.say(
-                row, **{f"hf_{name}_step_ms": 1e3 * each, f"hf_{name}_first_s": begin, f"ratio_{name}": each / step}
+                row, **{f"hf_{name}_step_ms": 1e3 * each, f"hf_{name}_first_s": begin, f"ratio_{name}": each / step_s}
             )
+        variants(bench, row, model, ids, mask, C)
 
 
 def ragged(bench: Bench) -> None:
@@ -407,25 +468,25 @@ def long(bench: Bench) -> None:
     recorded = generation._engines[model].stepper.record_s
     peak = torch.cuda.max_memory_allocated() if bench.cuda else 0
     one = bench.seconds(lambda: ours(bench, model, ids, mask, 1))
-    whole = bench.seconds(lambda: ours(bench, model, ids, mask, C))
-    step = (whole - one) / (C - 1)
+    whole = first - recorded  # 4096 steps need no second call to be told apart from what comes once
+    step_s = (whole - one) / (C - 1)
     used = rows * (P + C / 2) * token_bytes(model)
     limit = (weight_bytes(model) + used) / bench.read
     matrix = products(bench, model, rows)
     cache = (rows + 1) * (-(-(P + C) // 64) * 64) * token_bytes(model)
     bench.say(
-        "long", first_call_s=first, compile_and_record_s=recorded, call_s=whole, step_ms=1e3 * step,
-        limit_ms=1e3 * limit, percent_of_limit=100 * limit / step, products_ms=1e3 * matrix,
-        percent_of_products_and_cache=100 * (matrix + used / bench.read) / step, cache_gib=cache / 2**30,
+        "long", first_call_s=first, compile_and_record_s=recorded, call_s=whole, step_ms=1e3 * step_s,
+        limit_ms=1e3 * limit, percent_of_limit=100 * limit / step_s, products_ms=1e3 * matrix,
+        percent_of_products_and_cache=100 * (matrix + used / bench.read) / step_s, cache_gib=cache / 2**30,
         peak_over_weights_gib=(peak - before) / 2**30, tokens_per_s=rows * C / whole,
     )  # fmt: skip
     release(model)
-    T = min(C, 128)
+    T = min(C, 32)
     theirs(model, ids, mask, 2)
     each = (bench.seconds(lambda: theirs(model, ids, mask, T)) - bench.seconds(lambda: theirs(model, ids, mask, 1))) / (
         T - 1
     )
-    bench.say("long", hf_dynamic_step_ms_of_its_first_128=1e3 * each)
+    bench.say("long", hf_dynamic_step_ms_of_its_first_32=1e3 * each)
 
 
 def main() -> None:
@@ -445,7 +506,7 @@ def main() -> None:
     run: dict[str, Callable[[], None]] = {
         "exact": lambda: exact(bench), "kernel": lambda: kernel(bench), "ragged": lambda: ragged(bench),
         "b256": lambda: fixed(bench, "b256", 256, not asked.no_hf), "b1024": lambda: fixed(bench, "b1024", 1024, False),
-        "long": lambda: long(bench),
+        "small": lambda: fixed(bench, "small", 512, False, "410m", 112, 128), "long": lambda: long(bench),
     }  # fmt: skip
     for row in ROWS:
         if row in rows:

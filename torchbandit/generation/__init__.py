@@ -6,6 +6,7 @@
     lanes.py       the running batch as tensors that move on by themselves
     attention.py   one new token over the cache, no key repeated, no mask paid for; kernels.py: its Triton kernel,
                    and that of the draw
+    fuse.py        q, k and v, and gate and up, as one product each
     cache.py       keys and values by place
     plain.py       a loop over any transformers causal LM, for what the above cannot take
 """  # fmt: skip
@@ -116,6 +117,12 @@ def _affordable(shapes: list[LayerShape], capacity: int, wanted: int, device: to
         raise ValueError(
             f"places: not one response of {capacity} tokens fits into the {free / 2**30:.2f} GiB that are free; "
             "ask for fewer new tokens, or free memory"
+        )
+    if places < wanted:
+        warnings.warn(
+            f"generation: {wanted} rows of {capacity} tokens exceed the {free / 2**30:.2f} GiB that it may take; "
+            f"{places} run at a time, the others wait",
+            stacklevel=4,
         )
     return places, places < wanted
 

@@ -27,25 +27,33 @@ _CHANGES_RESULT = ("softcap", "s_aux", "position_bias")  # a sliding window: see
 def attend(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | tuple[Tensor, Tensor],
+    value: Tensor | tuple[Tensor, Tensor],
     attention_mask: Tensor,
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """query [n, heads, 1, D] over key and value [n or S+1, K, L, D] -> [n, 1, heads, D].
 
-    `attention_mask` [n, 1, 1, .] is additive where it is float; int32, it holds each lane's place and length.
+    `attention_mask` [n, 1, 1, .] is additive where it is float; int32, it holds each lane's place and length, and key
+    and value may be pairs: the new token's [n, K, 1, D], and the cache it is yet to be written to.
     """
     for name in _CHANGES_RESULT:
         if options.get(name) is not None:
             raise Unfit(f"{type(module).__name__} uses {name}")
     n, heads, _, size = query.shape
+    scale = size**-0.5 if scaling is None else scaling
+    if isinstance(key, tuple):
+        (new_key, key), (new_value, value) = key, value
+        K = new_key.shape[1]  # the cache's is a symbol to the compiler
+        grouped = query.reshape(n, K, heads // K, size)
+        out = torch.ops.torchbandit.append_attention(grouped, new_key, new_value, key, value, attention_mask, scale)
+        return out.reshape(n, 1, heads, size), None
+    assert isinstance(value, Tensor)
     grouped = query.reshape(n, key.shape[1], heads // key.shape[1], size)
     if attention_mask.is_floating_point():
-        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scale)
     else:
-        scale = size**-0.5 if scaling is None else scaling
         out = torch.ops.torchbandit.decode_attention(grouped, key, value, attention_mask, scale)
     return out.reshape(n, 1, heads, size), None
 
@@ -76,6 +84,29 @@ def _(query: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, scale: float) 
     from torchbandit.generation import kernels  # Triton exists with CUDA alone
 
     return kernels.decode_attention(query, keys, values, lanes, scale)
+
+
+@torch.library.custom_op("torchbandit::append_attention", mutates_args=("keys", "values"))
+def append_attention(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, scale: float
+) -> Tensor:
+    """`decode_attention` that writes the new key and value [n, K, 1, D] to their lanes' places first."""
+    place, last = lanes[:, 0, 0, 0].long(), lanes[:, 0, 0, 1].long()
+    keys[place, :, last] = key[:, :, 0]
+    values[place, :, last] = value[:, :, 0]
+    return decode_attention(query, keys, values, lanes, scale)  # type: ignore[no-any-return]
+
+
+@append_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+@append_attention.register_kernel("cuda")
+def _(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, scale: float) -> Tensor:
+    from torchbandit.generation import kernels
+
+    return kernels.decode_attention(query, keys, values, lanes, scale, (key, value))
 
 
 @contextlib.contextmanager

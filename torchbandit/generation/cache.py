@@ -8,7 +8,7 @@ Axis letters beside batch.py's: S places, n lanes of a step, L capacity of a pla
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,9 +42,15 @@ class LayerCache:
         self.length: Tensor = torch.empty(0)
         self.used: int | None = None
         self.in_order = False
+        self.late = False
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int = 0, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write [n, K, 1, D] at each lane's length; return what the attention reads."""
+    def update(self, key: Tensor, value: Tensor, layer_idx: int = 0, *_: object, **__: object) -> tuple[Any, Any]:
+        """Write [n, K, 1, D] at each lane's length; return what the attention reads.
+
+        Where `late`, the attention writes it on its way: one kernel less for the key and one for the value.
+        """
+        if self.late:
+            return (key, self.keys), (value, self.values)
         self.keys[self.place, :, self.length] = key[:, :, 0]
         self.values[self.place, :, self.length] = value[:, :, 0]
         if self.used is None:  # the kernel goes by places and lengths
@@ -61,12 +67,14 @@ class Cache:
     def __init__(self, shapes: list[LayerShape], places: int, capacity: int, device: torch.device) -> None:
         self.layers = [LayerCache(shape, places, capacity, device) for shape in shapes]
 
-    def aim(self, place: Tensor, length: Tensor, used: int | None, in_order: bool) -> None:
-        """Set what the next step works on: place [n] int64, length [n] int64; `used`: the host's bound on lengths."""
+    def aim(self, place: Tensor, length: Tensor, used: int | None, in_order: bool, late: bool = False) -> None:
+        """Set what the next step works on: place [n] int64, length [n] int64; `used`: the host's bound on lengths;
+        late: see `LayerCache.update`."""
         for layer in self.layers:
             layer.place, layer.length, layer.used, layer.in_order = place, length, used, in_order
+            layer.late = late
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Any, Any]:
         return self.layers[layer_idx].update(key, value)
 
 

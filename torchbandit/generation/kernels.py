@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_KEYS = 64
-KEYS_WARPS, KEYS_STAGES = 4, 3
-BLOCK_VOCAB = 1024
-"""Fixed, since the noise of a token depends on its block."""
+BLOCK_KEYS = 32
+KEYS_STAGES = 4
+BLOCK_VOCAB = 4096
+"""Fixed: a row's sums are added up in one order, so that its draw is the same in every batch."""
 
 
 def decode_attention(
@@ -25,10 +25,11 @@ def decode_attention(
     values: Tensor,
     lanes: Tensor,
     scale: float,
+    new: tuple[Tensor, Tensor] | None = None,
     *,
     splits: int | None = None,
     block: int = BLOCK_KEYS,
-    warps: int = KEYS_WARPS,
+    warps: int | None = None,
     stages: int = KEYS_STAGES,
 ) -> Tensor:
     """One new token a lane over its part of the cache.
@@ -38,6 +39,8 @@ def decode_attention(
 
     Args:
         query: [n, K, H, D]; keys, values: [S+1, K, L, D]; lanes: [n, 1, 1, 2] int32: place, and length less one.
+        new: the token's own key and value [n, K, 1, D], attended to and written into the cache on the way; None: they
+            are there already.
         splits: parts a lane is cut into; None cuts until the card is full.
     Returns:
         [n, K, H, D], query's dtype.
@@ -45,8 +48,8 @@ def decode_attention(
     """
     n, K, H, D = query.shape
     L = keys.shape[2]
-    if query.stride(3) != 1:
-        query = query.contiguous()
+    query, *own = (x if x.stride(3) == 1 else x.contiguous() for x in (query, *(new or ())))
+    key, value = own or (query, query)  # not read
     if query.dtype == torch.float32:
         stages = min(stages, 2)  # twice the bytes a stage
     if splits is None:
@@ -57,13 +60,16 @@ def decode_attention(
     else:
         part = torch.empty(n, K, splits, H, D, dtype=torch.float32, device=query.device)
         log_sum = torch.empty(n, K, splits, H, dtype=torch.float32, device=query.device)
-    shapes = {"K": K, "H": H, "HEADS": max(16, triton.next_power_of_2(H)), "D": D}
-    size = max(16, triton.next_power_of_2(D))
+    heads, size = max(16, triton.next_power_of_2(H)), max(16, triton.next_power_of_2(D))
+    if warps is None:
+        # A warp's registers hold 16 x 64 sums well, and exact products, done without tensor cores, need more.
+        warps = 4 if query.dtype == torch.float32 else min(4, max(1, heads * size // 1024))
     _attention_kernel[(n * K, splits)](
-        query, keys, values, lanes, out, part, log_sum, scale * 1.4426950408889634,
+        query, keys, values, key, value, lanes, out, part, log_sum, scale * 1.4426950408889634,
         query.stride(0), query.stride(1), query.stride(2), keys.stride(0), keys.stride(1), keys.stride(2),
-        **shapes, SIZE=size, BLOCK=block, SPLITS=splits, EXACT=query.dtype == torch.float32,
-        num_warps=warps, num_stages=stages,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        K=K, H=H, HEADS=heads, D=D, SIZE=size, BLOCK=block, SPLITS=splits, EXACT=query.dtype == torch.float32,
+        APPEND=new is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _join_kernel[(n * K,)](
@@ -82,16 +88,17 @@ def _programs_wanted(device: torch.device) -> int:
 
 @triton.jit
 def _attention_kernel(
-    query, keys, values, lanes, out, part, log_sum, scale,
-    query_lane, query_head, query_row, cache_place, cache_head, cache_row,
+    query, keys, values, new_keys, new_values, lanes, out, part, log_sum, scale,
+    query_lane, query_head, query_row, cache_place, cache_head, cache_row, key_lane, key_head, value_lane, value_head,
     K: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, EXACT: tl.constexpr, APPEND: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0) // K
     head = tl.program_id(0) % K
     split = tl.program_id(1)
     place = tl.load(lanes + 2 * lane).to(tl.int64)
-    length = tl.load(lanes + 2 * lane + 1) + 1
+    last = tl.load(lanes + 2 * lane + 1)
+    length = last if APPEND else last + 1  # of what is read from the cache
     span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
     start = split * span
     end = tl.minimum(start + span, length)
@@ -108,6 +115,16 @@ def _attention_kernel(
     peak = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     mean = tl.zeros([HEADS, SIZE], tl.float32)
+    if APPEND:  # noqa: SIM102 - decided when it is compiled; the other when it runs
+        if split == 0:  # the new token is what the sums begin with
+            own_key = tl.load(new_keys + lane * key_lane + head * key_head + d, mask=d < D, other=0.0)
+            own_value = tl.load(new_values + lane * value_lane + head * value_head + d, mask=d < D, other=0.0)
+            own = base + last * cache_row + d
+            tl.store(keys + own, own_key, mask=d < D)
+            tl.store(values + own, own_value, mask=d < D)
+            peak = tl.sum(q.to(tl.float32) * own_key.to(tl.float32)[None, :], 1) * scale
+            total += 1.0
+            mean += own_value.to(tl.float32)[None, :]
     for at in range(start, end, BLOCK):
         row = at + k
         inside = row < end
@@ -131,6 +148,8 @@ def _attention_kernel(
         tl.store(out + spot, (mean / total[:, None]).to(out.dtype.element_ty), mask=wanted)
     else:
         some = start < end
+        if APPEND:
+            some = some | (split == 0)
         row = (pair * SPLITS + split) * H + h
         safe = tl.where(total > 0, total, 1.0)
         tl.store(log_sum + row, tl.where(some, peak + tl.log2(safe), float("-inf")), mask=h < H)
@@ -171,131 +190,84 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """One token a lane and its log-prob under softmax(logits / temperature), in one pass over the logits.
 
-    An exponential race in logarithms: argmax of logit / temperature - log E with E ~ Exp(1) has the softmax's
-    distribution. The noise is a function of seed, row, response token and vocabulary entry alone, so that what a row
-    draws does not depend on its lane. Greedy: argmax of the logits, log-prob at temperature 1.
+    The vocabulary is cut into tiles, each summed by a program of its own. A tile is drawn by its share of the whole,
+    then a token by its share of the tile: two uniforms a token, not one a vocabulary entry. They are a function of
+    seed, row and response token alone, so that what a row draws does not depend on its lane. Greedy: argmax of the
+    logits, log-prob at temperature 1.
 
     Args:
         logits: [n, V], any float dtype; row, count: [n] int64; seed: [1] int64; inverse_temperature: [1] float32.
     Returns:
         tokens [n] int64, log_probs [n] float32.
-    Source: Salmon et al. 2011 (Philox, counter-based random numbers); Maddison et al. 2014 (the Gumbel race).
+    Source: Salmon et al. 2011 (Philox, counter-based random numbers).
     """
     n, V = logits.shape
-    blocks = triton.cdiv(V, 4 * BLOCK_VOCAB)
-    parts = max(1, min(blocks, triton.cdiv(_programs_wanted(logits.device), n)))
-    each = triton.cdiv(blocks, parts)
-    parts = triton.cdiv(blocks, each)
-    partial = torch.empty(4, n, parts, dtype=torch.float32, device=logits.device)
-    index = torch.empty(n, parts, dtype=torch.int32, device=logits.device)
+    tiles = triton.cdiv(V, BLOCK_VOCAB)
+    peaks = torch.empty(n, tiles, dtype=torch.float32, device=logits.device)
+    sums = torch.empty(n, tiles, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
     log_probs = torch.empty(n, dtype=torch.float32, device=logits.device)
-    _race_kernel[(n, parts)](
-        logits, row, count, seed, inverse_temperature, partial, index, logits.stride(0), V, n, parts, each,
-        GREEDY=greedy, BLOCK=BLOCK_VOCAB, num_warps=8,
-    )  # fmt: skip
-    _finish_kernel[(n,)](
-        partial, index, tokens, log_probs, n, parts, PARTS=triton.next_power_of_2(parts), num_warps=1
+    _tile_kernel[(n * tiles,)](
+        logits, inverse_temperature, peaks, sums, logits.stride(0), V, tiles, BLOCK=BLOCK_VOCAB, num_warps=8
+    )
+    _pick_kernel[(n,)](
+        logits, row, count, seed, inverse_temperature, peaks, sums, tokens, log_probs, logits.stride(0), V, tiles,
+        GREEDY=greedy, BLOCK=BLOCK_VOCAB, TILES=triton.next_power_of_2(tiles), num_warps=8,
     )  # fmt: skip
     return tokens, log_probs
 
 
 @triton.jit
-def _log_exponential(bits):
-    """log E, E ~ Exp(1), of 32 random bits; exact where it matters, at small E, which win the race."""
-    low = (bits >> 8).to(tl.int32).to(tl.float32) * 256.0 + (bits & 255).to(tl.int32).to(tl.float32)
-    v = (low + 0.5) * 2.3283064365386963e-10
-    # float32 of 1 - v keeps nothing of a small v, whose E is v + v^2/2 + v^3/3. v may round to 1: E is bounded there.
-    series = v * (1.0 + v * (0.5 + v * 0.3333333))
-    return tl.log(tl.where(v < 0.01, series, -tl.log(tl.maximum(1.0 - v, 2.9802322e-08))))
+def _tile_kernel(logits, inverse_temperature, peaks, sums, stride, V, tiles, BLOCK: tl.constexpr):
+    lane = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    at = tile * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + lane.to(tl.int64) * stride + at, mask=at < V, other=float("-inf")).to(tl.float32)
+    x = x * tl.load(inverse_temperature)
+    peak = tl.maximum(tl.max(x, 0), -1.0e30)  # finite, also where every entry is masked
+    tl.store(peaks + lane * tiles + tile, peak)
+    tl.store(sums + lane * tiles + tile, tl.sum(tl.exp(x - peak), 0))
 
 
-@triton.jit(do_not_specialize=["n", "parts", "each"])
-def _race_kernel(
-    logits, row, count, seed, inverse_temperature, partial, index, stride, V, n, parts, each,
-    GREEDY: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _first_beyond(weight, uniform, i):
+    """The first index whose running sum passes its share of the whole; never one without weight."""
+    running = tl.cumsum(weight, 0)
+    some = weight > 0
+    hit = some & (running > uniform * tl.max(running, 0))
+    first = tl.min(tl.where(hit, i, 2147483647), 0)
+    return tl.minimum(first, tl.max(tl.where(some, i, 0), 0))  # rounding may leave no hit: the last one, then
+
+
+@triton.jit
+def _pick_kernel(
+    logits, row, count, seed, inverse_temperature, peaks, sums, tokens, log_probs, stride, V, tiles,
+    GREEDY: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0)
-    part = tl.program_id(1)
+    t = tl.arange(0, TILES)
     i = tl.arange(0, BLOCK)
-    line = logits + lane.to(tl.int64) * stride
     scale = tl.load(inverse_temperature)
-    c_row = tl.load(row + lane).to(tl.uint32)
-    c_count = tl.load(count + lane).to(tl.uint32)
-    key = tl.load(seed)
-    zero = (i * 0).to(tl.uint32)
-    # Each of the BLOCK threads of the race keeps its own; they meet at the end.
-    peak = tl.full([BLOCK], -1.0e30, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_logit = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_index = tl.full([BLOCK], 2147483647, tl.int32)
-    last = tl.minimum((part + 1) * each, tl.cdiv(V, 4 * BLOCK))
-    for block in range(part * each, last):
-        at = block * 4 * BLOCK + i
-        x0 = tl.load(line + at, mask=at < V, other=float("-inf")).to(tl.float32) * scale
-        x1 = tl.load(line + at + BLOCK, mask=at + BLOCK < V, other=float("-inf")).to(tl.float32) * scale
-        x2 = tl.load(line + at + 2 * BLOCK, mask=at + 2 * BLOCK < V, other=float("-inf")).to(tl.float32) * scale
-        x3 = tl.load(line + at + 3 * BLOCK, mask=at + 3 * BLOCK < V, other=float("-inf")).to(tl.float32) * scale
-        higher = tl.maximum(peak, tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
-        total = total * tl.exp(peak - higher)
-        total += tl.exp(x0 - higher) + tl.exp(x1 - higher) + tl.exp(x2 - higher) + tl.exp(x3 - higher)
-        peak = higher
-        if GREEDY:
-            s0 = x0
-            s1 = x1
-            s2 = x2
-            s3 = x3
-        else:
-            spot = (block * BLOCK + i).to(tl.uint32)
-            r0, r1, r2, r3 = tl.philox(key, spot, zero + c_count, zero + c_row, zero)
-            s0 = x0 - _log_exponential(r0)
-            s1 = x1 - _log_exponential(r1)
-            s2 = x2 - _log_exponential(r2)
-            s3 = x3 - _log_exponential(r3)
-        # Strictly greater: of equals the first id stays, as in argmax.
-        won = s0 > best
-        best = tl.where(won, s0, best)
-        best_logit = tl.where(won, x0, best_logit)
-        best_index = tl.where(won, at, best_index)
-        won = s1 > best
-        best = tl.where(won, s1, best)
-        best_logit = tl.where(won, x1, best_logit)
-        best_index = tl.where(won, at + BLOCK, best_index)
-        won = s2 > best
-        best = tl.where(won, s2, best)
-        best_logit = tl.where(won, x2, best_logit)
-        best_index = tl.where(won, at + 2 * BLOCK, best_index)
-        won = s3 > best
-        best = tl.where(won, s3, best)
-        best_logit = tl.where(won, x3, best_logit)
-        best_index = tl.where(won, at + 3 * BLOCK, best_index)
+    peak = tl.load(peaks + lane * tiles + t, mask=t < tiles, other=float("-inf"))
     top = tl.max(peak, 0)
-    winner = tl.max(best, 0)
-    token = tl.min(tl.where(best == winner, best_index, 2147483647), 0)
-    spot = lane * parts + part
-    tl.store(partial + spot, top)
-    tl.store(partial + n * parts + spot, tl.sum(total * tl.exp(peak - top), 0))
-    tl.store(partial + 2 * n * parts + spot, winner)
-    tl.store(partial + 3 * n * parts + spot, tl.max(tl.where(best_index == token, best_logit, float("-inf")), 0))
-    tl.store(index + spot, token)
-
-
-@triton.jit(do_not_specialize=["n", "parts"])
-def _finish_kernel(partial, index, tokens, log_probs, n, parts, PARTS: tl.constexpr):
-    lane = tl.program_id(0)
-    p = tl.arange(0, PARTS)
-    spot = lane * parts + p
-    real = p < parts
-    peak = tl.load(partial + spot, mask=real, other=-1.0e30)
-    total = tl.load(partial + n * parts + spot, mask=real, other=0.0)
-    best = tl.load(partial + 2 * n * parts + spot, mask=real, other=float("-inf"))
-    logit = tl.load(partial + 3 * n * parts + spot, mask=real, other=float("-inf"))
-    at = tl.load(index + spot, mask=real, other=2147483647)
-    top = tl.max(peak, 0)
-    whole = top + tl.log(tl.sum(total * tl.exp(peak - top), 0))
-    winner = tl.max(best, 0)
-    token = tl.min(tl.where(best == winner, at, 2147483647), 0)
-    picked = tl.max(tl.where(at == token, logit, float("-inf")), 0)
-    tl.store(tokens + lane, token.to(tl.int64))
-    tl.store(log_probs + lane, picked - whole)
+    share = tl.load(sums + lane * tiles + t, mask=t < tiles, other=0.0) * tl.exp(peak - top)
+    whole = tl.sum(share, 0)
+    if GREEDY:
+        tile = tl.min(tl.where(peak == top, t, TILES - 1), 0)
+    else:
+        c_row = tl.load(row + lane).to(tl.uint32)
+        c_count = tl.load(count + lane).to(tl.uint32)
+        zero = c_row * 0
+        bits, more, _, _ = tl.philox(tl.load(seed), zero, c_count, c_row, zero)
+        tile = _first_beyond(share, (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08, t)
+    at = tile * BLOCK + i
+    x = tl.load(logits + lane.to(tl.int64) * stride + at, mask=at < V, other=float("-inf")).to(tl.float32) * scale
+    high = tl.max(x, 0)
+    if GREEDY:
+        token = tl.min(tl.where(x == high, i, BLOCK - 1), 0)  # of equals the first, as in argmax
+    else:
+        weight = tl.exp(x - tl.maximum(high, -1.0e30))
+        token = _first_beyond(weight, (more >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08, i)
+    picked = tl.sum(tl.where(i == token, x, 0.0), 0)
+    tl.store(tokens + lane, tl.minimum(tile * BLOCK + token, V - 1).to(tl.int64))
+    tl.store(log_probs + lane, picked - top - tl.log(whole))

@@ -1,0 +1,149 @@
+"""Projections of one input as one product, for the decode step alone: q, k and v; gate and up.
+
+A step's products are small, and small ones leave most of a card idle. The weights of such siblings are moved once into
+one buffer, end to end, and each parameter becomes a view of its part: same object, shape and values, no second copy.
+So optimizers, checkpoints and the model's own forward go on as before, and an update in place reaches the buffer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""What modules of transformers call linear layers that read the same input."""
+
+
+class Family(NamedTuple):
+    """Linear layers of one parent that fit together."""
+
+    parent: nn.Module
+    names: tuple[str, ...]
+    linears: list[nn.Linear]
+
+
+def families(layers: Iterable[nn.Module]) -> Iterator[Family]:
+    """Those of `layers` that are plain: adapters, quantised ones and ones with hooks are left as they are."""
+    for layer in layers:
+        for parent in layer.modules():
+            for names in SIBLINGS:
+                linears = [child for name in names if (child := parent._modules.get(name)) is not None]
+                if len(linears) == len(names) and _fit(linears):
+                    yield Family(parent, names, linears)  # type: ignore[arg-type]
+
+
+def _fit(linears: list[nn.Module]) -> bool:
+    def kind(linear: nn.Linear) -> object:
+        weight = linear.weight
+        return linear.in_features, weight.dtype, weight.device, linear.bias is None
+
+    if any(type(x) is not nn.Linear or "forward" in x.__dict__ for x in linears):
+        return False
+    if any(x._forward_hooks or x._forward_pre_hooks for x in linears) or len({kind(x) for x in linears}) > 1:  # type: ignore[arg-type]
+        return False
+    tensors = [tensor for x in linears for tensor in x.parameters(recurse=False)]
+    plain = all(type(tensor.data) is Tensor and tensor.is_contiguous() and tensor.numel() for tensor in tensors)
+    return plain and len({id(tensor) for tensor in tensors}) == len(tensors)
+
+
+def rehome(layers: Iterable[nn.Module]) -> bool:
+    """Lay the weights of every family end to end in memory, where they are not yet; returns whether any moved.
+
+    A weight that shares its memory with anything else (tied, or a view of some flat buffer) stays, and so its family.
+    """
+    layers = list(layers)
+    owners: dict[int, int] = {}
+    for tensor in {id(tensor): tensor for layer in layers for tensor in layer.parameters()}.values():
+        storage = tensor.untyped_storage()._cdata
+        owners[storage] = owners.get(storage, 0) + 1
+    moved = False
+    for layer in layers:
+        moved_here = False
+        for family in families([layer]):
+            for tensors in ([x.weight for x in family.linears], [x.bias for x in family.linears]):
+                if tensors[0] is None or joined(tensors) is not None:
+                    continue
+                alone = all(
+                    owners[x.untyped_storage()._cdata] == 1 and x.untyped_storage().nbytes() == x.nbytes
+                    for x in tensors
+                )  # fmt: skip
+                # Vector loads of 16 bytes must stay possible.
+                if alone and all(x.nbytes % 16 == 0 for x in tensors):
+                    home = torch.cat([x.detach() for x in tensors])
+                    for weight, part in zip(tensors, home.split([len(x) for x in tensors]), strict=True):
+                        weight.data = part
+                    moved_here = True
+        if moved_here and next(layer.parameters()).is_cuda:
+            torch.cuda.empty_cache()  # what was left is of sizes that nothing else asks for
+        moved |= moved_here
+    return moved
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The tensors as one, without a copy, or None where they do not lie end to end in one storage."""
+    first = tensors[0]
+    at = first.data_ptr()
+    for tensor in tensors:
+        if tensor.untyped_storage()._cdata != first.untyped_storage()._cdata or tensor.data_ptr() != at:
+            return None
+        at += tensor.nbytes
+    return first.detach().as_strided((sum(len(x) for x in tensors), *first.shape[1:]), first.stride())
+
+
+class Product(nn.Module):
+    """What the members of a family compute together, once for each input."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)  # a view
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.read: Tensor | None = None
+        self.made: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.made is None or self.read is not x:
+            self.read, self.made = x, F.linear(x, self.weight, self.bias)
+        return self.made
+
+
+class Part(nn.Module):
+    """Stands in a member's place: its columns of the product."""
+
+    def __init__(self, product: Product, start: int, stop: int, last: bool) -> None:
+        super().__init__()
+        self.product, self.start, self.stop, self.last = product, start, stop, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.product(x)[..., self.start : self.stop]
+        if self.last:
+            self.product.read = self.product.made = None
+        return out
+
+
+@contextlib.contextmanager
+def fused(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block the families that `rehome` has laid end to end run as one product each."""
+    replaced: list[Family] = []
+    try:
+        for family in list(families(layers)):
+            weight = joined([x.weight for x in family.linears])
+            biased = family.linears[0].bias is not None
+            bias = joined([x.bias for x in family.linears]) if biased else None
+            if weight is None or (biased and bias is None):
+                continue
+            product, start = Product(weight, bias), 0
+            replaced.append(family)
+            for name, linear in zip(family.names, family.linears, strict=True):
+                stop = start + linear.out_features
+                family.parent._modules[name] = Part(product, start, stop, name == family.names[-1])
+                start = stop
+        yield
+    finally:
+        for family in replaced:
+            for name, linear in zip(family.names, family.linears, strict=True):
+                family.parent._modules[name] = linear
