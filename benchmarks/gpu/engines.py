@@ -5,8 +5,8 @@
     python benchmarks/gpu/engines.py --tiny                          # a smoke test on the CPU
 
 Places: `local` is one process, `accelerate` two of them, `R/L` RLlib with R env runners and L learners (0/0: all in
-the driver). Sizes are those of train.py: 64 prompts x 8 responses a GPU, 128 new tokens, a 410M Llama shape, a value head, a
-reference, a trivial reward. Numbers are medians of the steps after the first two. The last line is JSON.
+the driver). Sizes are those of train.py: 64 prompts x 8 responses a GPU, 128 new tokens, a 410M Llama shape, a value
+head, a reference, a trivial reward. Numbers are medians of the steps after the first two. The last line is JSON.
 """
 
 from __future__ import annotations
