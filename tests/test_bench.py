@@ -103,3 +103,65 @@ def test_rllib(capsys: pytest.CaptureFixture[str]) -> None:
     found = bench("rllib", capsys)
     assert [line["work"] for line in found["lines"]] == [f"sample + get_metrics, {n} rows" for n in (16, 32)]
     assert all(line["best"]["name"].startswith("RLlib") for line in found["lines"])
+
+
+def works(found: dict[str, Any]) -> list[str]:
+    return [line["work"] for line in found["lines"]]
+
+
+def test_score(capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench("score", capsys, "--rows", "rm", "ref", "groups")
+    assert len(works(found)) == 2 + 5
+    model, reference = found["lines"][:2]
+    assert [peer["name"] for peer in model["peers"]] == [
+        f"transformers, padded, {order}" for order in ("sorted", "arrival order")
+    ]
+    assert model["percent"] > 0 and model["host_syncs"] >= 1 and reference["more"]["error_std"] < 0.01
+
+
+@pytest.mark.slow
+def test_score_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench("score", capsys, "--rows", "rm7b", "grad", "flat")
+    assert len(works(found)) == 1 + 1 + 2
+    assert found["lines"][1]["more"]["gradient_distance"] < 0.01
+
+
+def test_a_wrong_score_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchbandit.bench import score
+
+    honest = score.sequence_scores
+    monkeypatch.setattr(score, "sequence_scores", lambda *a, **k: honest(*a, **k).roll(1))
+    with pytest.raises(AssertionError, match="rm eager: off by"):
+        cli.main(["bench", "score", "--tiny", "--rows", "rm"])
+
+
+def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench("generate", capsys)
+    assert len(works(found)) == 5
+    assert [peer["name"] for peer in found["lines"][0]["peers"]] == [
+        f"transformers' generate, {cache} cache" for cache in ("dynamic", "static")
+    ]
+
+
+def test_perfect_compaction_is_what_it_says() -> None:
+    from torchbandit.bench.generate import between, perfect_batches
+
+    assert perfect_batches([3, 1, 2], places=2) == [2, 2, 2]
+    assert perfect_batches([1, 4], places=2) == [2, 1, 1, 1]
+    assert between({2: 1.0, 4: 3.0}, 3) == 2.0 and between({2: 1.0, 4: 3.0}, 1) == 1.0
+
+
+@pytest.mark.slow
+def test_train(capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench("train", capsys)
+    (line,) = found["lines"]
+    assert line["more"]["split, s"].keys() == {"generate", "score", "learn", "rest"}
+    assert bool(line["best"]) == ("train: trl" not in found["left_out"])
+    assert line["percent"] > 0
+
+
+def test_rows_belong_to_one_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--tiny", "--rows", "rm"]) == 2
+    assert "name it" in capsys.readouterr().err
+    assert cli.main(["bench", "score", "--tiny", "--rows", "rn"]) == 2
+    assert "rows: must be of rm, rm7b, ref, grad, groups, flat, got rn" in capsys.readouterr().err

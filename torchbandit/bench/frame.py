@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -99,6 +99,7 @@ class Frame:
         self, tiny: bool = False, settings: Mapping[str, dict[str, Any]] | None = None, rows: Iterable[str] = ()
     ) -> None:
         self.tiny, self.settings, self.rows = tiny, dict(settings or {}), tuple(rows)
+        self.profile = False
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.lines: list[Line] = []
@@ -110,6 +111,16 @@ class Frame:
 
     def setting(self, peer: str, name: str) -> Any:
         return self.settings[peer][name]
+
+    def chosen(self, rows: Sequence[str]) -> list[str]:
+        """The rows of a benchmark that were asked for.
+
+        Raises:
+            ValueError: a name is none of them.
+        """
+        if unknown := sorted(set(self.rows) - set(rows)):
+            raise ValueError(f"rows: must be of {', '.join(rows)}, got {', '.join(unknown)}")
+        return [name for name in rows if not self.rows or name in self.rows]
 
     def has(self, peer: str, work: str) -> bool:
         """Whether a peer is installed; if not, it is left out by name."""
@@ -167,8 +178,9 @@ class Frame:
             torch.cuda.synchronize()
 
     def peak_gb(self, call: Callable[[], Any]) -> float | None:
-        """GB of the device above what lay there before the call; None on a CPU."""
+        """Call, and tell the GB of the device above what lay there before; None on a CPU."""
         if not self.cuda:
+            call()
             return None
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()

@@ -22,7 +22,8 @@ class BenchOptions:
         plot: File for a chart of the ratios to the best peer.
         peers: YAML file that overrides the peers' settings, as the first lines print them.
         tiny: Small shapes, which show that everything runs and no speed.
-        rows: Names of rows of score or generate, to measure these alone.
+        profile: Print the kernels that rows of score and train spend their time in.
+        rows: Names of rows of score, generate or train, to measure these alone.
     """
 
     what: What = "all"
@@ -30,4 +31,5 @@ class BenchOptions:
     plot: str | None = None
     peers: str | None = None
     tiny: bool = False
+    profile: bool = False
     rows: list[str] = field(default_factory=list)

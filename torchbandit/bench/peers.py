@@ -26,6 +26,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 PACKAGES = {
+    "datasets": "datasets",
     "chatenv": "torchrl",
     "transformers": "transformers",
     "generate": "transformers",
