@@ -92,7 +92,7 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path, algo):
     assert one["state"] == two["state"] == 24
     for alone, shared in zip(one["lines"], two["lines"], strict=True):
         for name, value in alone.items():
-            if not name.startswith(("time/", "samples_per_s")):
+            if not name.startswith(("time/", "samples_per_s", "packing/")):  # packing is of this rank
                 assert shared[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
     moved = torch.tensor(one["weights"]) - torch.tensor(two["weights"])
     assert (moved.abs() > 2e-5).float().mean() < 0.01
