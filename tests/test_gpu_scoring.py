@@ -10,8 +10,9 @@ from test_scoring import LAYOUTS, layout
 from test_scoring_routes import PACKED, build
 from torch import Tensor
 
-from torchbandit.scoring import log_probs, make_plan, sequence_scores
+from torchbandit.scoring import last_layer, log_probs, make_plan, sequence_scores
 from torchbandit.scoring.packs import size_carrier
+from torchbandit.scoring.routes import route_of
 from torchbandit.scoring.varlen import varlen_backward, varlen_forward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: the flash kernels run there")
@@ -59,6 +60,26 @@ def test_bf16_scores(arch: str, kind: str) -> None:
     cuda = on(args, "cuda")
     got = sequence_scores(model, *cuda, plan=layout(kind, cuda, group_size=4, token_budget=600))
     torch.testing.assert_close(got.cpu(), want, atol=0.1, rtol=0.05, equal_nan=True)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("kind", ["packed", "shared"])
+def test_bf16_without_gradient(kind: str, compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer on the tokens that are read, eager and compiled."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(last_layer, "WORTH_BELOW", 1.1)
+    args = naive.tensors(fake_batch(num_prompts=6, group_size=4, prompt_width=40, response_width=30, empty_rows=2))
+    want = naive.scores(tiny_reward_model(**WIDE).bfloat16().float(), args)
+    want_logps, _ = naive.log_probs(tiny_lm(**WIDE).bfloat16().float(), args)
+    rm, lm = tiny_reward_model(**WIDE).bfloat16().cuda(), tiny_lm(**WIDE).bfloat16().cuda()
+    rm.torchbandit_compile = lm.torchbandit_compile = compile
+    assert route_of(rm).trims and route_of(lm).trims
+    cuda = on(args, "cuda")
+    plan = layout(kind, cuda, group_size=4, token_budget=600)
+    with torch.no_grad():
+        scores, logps = sequence_scores(rm, *cuda, plan=plan), log_probs(lm, *cuda, plan=plan)
+    torch.testing.assert_close(scores.cpu(), want, atol=0.1, rtol=0.05, equal_nan=True)
+    torch.testing.assert_close(logps.cpu(), want_logps, atol=0.15, rtol=0.05)
 
 
 @pytest.mark.parametrize("kind", list(PACKED))

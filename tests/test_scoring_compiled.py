@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import naive
 import pytest
 import torch
 from fakes import ARCHS, fake_batch, tiny_lm, tiny_reward_model
 from test_scoring import LAYOUTS, TOL, layout
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from torchbandit.scoring import compiled, log_probs, sequence_scores
+from torchbandit.scoring.forward import hidden_states
 
 torch.set_num_threads(1)
 
@@ -64,7 +67,9 @@ def test_no_recompilation_in_steady_state(kind: str, counter: CompileCounterWith
 
     step(0)
     first = counters["stats"]["unique_graphs"]
-    assert first == 5, "log-probs with and without gradient, layer and reduction each, and the reward model's layer"
+    with_gradient = ["layer", "norm", "reduction"]
+    without = [*with_gradient, "last layer"]
+    assert first == len(with_gradient + without + ["layer of the reward model", "its last layer", "its norm"])
     for seed, (width, reply, number) in enumerate([(30, 5, 4), (9, 40, 3), (64, 64, 7)], start=1):
         step(seed, prompt_width=width, response_width=reply, num_prompts=number)
     assert counters["stats"]["unique_graphs"] == first
@@ -94,3 +99,36 @@ def test_generation_does_not_meet_compiled_layers(counter: CompileCounterWithBac
     with torch.no_grad():
         model(args[0], attention_mask=args[1].long())
     assert counter.frame_count == count and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["packed", "shared"])
+def test_pointwise_results_are_computed_again_in_backward(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept a layer and token: what matrix products and attention gave, and no norm, rotation or silu * mul of it."""
+    import torch._functorch.config as autograd_config
+
+    args = naive.tensors(fake_batch())
+    monkeypatch.setattr(compiled, "backend", "aot_eager_decomp_partition")
+
+    def kept(usual: bool) -> float:
+        torch._dynamo.reset()
+        if usual:
+            keeping = {"ban_recompute_materialized_backward": True}
+            patch = SimpleNamespace(patch=lambda **_: autograd_config.patch(**keeping))
+            monkeypatch.setattr(compiled, "_autograd_config", patch)
+        model = wanting(tiny_lm(intermediate_size=128))
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            if x.untyped_storage().data_ptr() not in weights:
+                sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            part = next(iter(hidden_states(model, torch.cat((args[0], args[2]), 1), layout(kind, args))))
+            part.hidden.sum()
+        return sum(sizes.values()) / (part.hidden.numel() * 4 * model.config.num_hidden_layers)
+
+    ours, compilers_own = kept(usual=False), kept(usual=True)
+    assert ours < 15.5 < 19 < compilers_own
+    torch._dynamo.reset()

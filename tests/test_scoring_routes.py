@@ -200,3 +200,28 @@ def test_no_host_copy_without_packing() -> None:
             assert len(copies) == 2 and max(copies) <= 3 * 8, "the lengths, once a plan"
     finally:
         Tensor.tolist = tolist  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", ["packed", "shared"])
+def test_peft_adapters_are_scored_as_their_wrapper_scores(kind: str) -> None:
+    peft = pytest.importorskip("peft", reason="adapters need the peft package")
+    args = naive.tensors(fake_batch())
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    bare = tiny_lm()
+    without, _ = naive.log_probs(bare, args)
+    wrapped = peft.get_peft_model(bare, config).eval()
+    want, _ = naive.log_probs(wrapped, args)
+    assert (want - without).abs().max() > 0.01, "the adapters must matter"
+    got = log_probs(wrapped, *args, plan=layout(kind, args))
+    torch.testing.assert_close(got, want, **TOL)
+    got.sum().backward()
+    assert {n for n, p in wrapped.named_parameters() if p.grad is not None} == {
+        n for n, _ in wrapped.named_parameters() if "lora_" in n
+    }
+
+
+def test_peft_prompt_tuning_is_refused() -> None:
+    peft = pytest.importorskip("peft", reason="adapters need the peft package")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="before the prompt"):
+        log_probs(peft.get_peft_model(tiny_lm(), config), *naive.tensors(fake_batch()))

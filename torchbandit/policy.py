@@ -81,6 +81,9 @@ class CausalLMPolicy(nn.Module):
         elif critic is not None:
             check_same_tokenizer(tokenizer, critic, "critic")
             self.critic = load_reward_model(critic, self.device, dtype=dtype, trainable=trainable)
+        for scored in (self.lm, self.critic):
+            if scored is not None:
+                scoring.prepare(scored)  # now, so that the first scores wait for nothing
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.stop_ids = self.sampling.stop_ids or stop_ids_of(self.lm, tokenizer)
         self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -142,9 +145,9 @@ class CausalLMPolicy(nn.Module):
             return scoring.token_values(self.critic, *_rows(td), group_size=group_size, plan=self._plan(td, group_size))
         if self.value_head is None:
             raise ValueError('values: this policy has no critic; build it with critic="head" or critic=<model>')
-        values = self.forward(td, group_size=group_size)["values"]
-        assert isinstance(values, Tensor)
-        return values
+        return scoring.token_values(
+            self.lm, *_rows(td), group_size=group_size, plan=self._plan(td, group_size), value_head=self.value_head
+        )
 
     def forward(
         self,
@@ -205,7 +208,11 @@ class CausalLMPolicy(nn.Module):
 
     def _plan(self, td: TensorDictBase, group_size: int) -> scoring.Plan:
         return scoring.make_plan(
-            td[batch.PROMPT_MASK], td[batch.RESPONSE_MASK], group_size=group_size, packing=self.packing
+            td[batch.PROMPT_MASK],
+            td[batch.RESPONSE_MASK],
+            group_size=group_size,
+            group_id=td.get(batch.GROUP_ID, None),
+            packing=self.packing,
         )
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -8,7 +8,7 @@ dtype alone: about 1e-4 in float32, and a few hundredths a token in bfloat16, wh
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class TokenScores(NamedTuple):
 
 def prepare(model: PreTrainedModel) -> None:
     """Find out how `model` may be run, which takes a few tokens and one sync; else its first scoring does it."""
-    route_of(model)
+    route_of(_bare(model))
 
 
 def log_probs(
@@ -95,10 +95,11 @@ def token_scores(
         entropy: of softmax(logits / temperature), in nats.
         value_head: hidden [..., D] -> [..., 1]; its value before each response token.
     """
+    model = _bare(model)
     ids, plan, honest = _checked(prompt_ids, prompt_mask, response_ids, response_mask, group_size, plan)
     heat = _temperature(temperature, plan)
     logps, entropies, values = (_Slots(plan, honest) for _ in range(3))
-    for part in hidden_states(model, ids, plan):
+    for part in hidden_states(model, ids, plan, read="predict"):
         pack = part.pack
         hidden = part.hidden.index_select(0, pack.predict)
         targets = ids.flatten()[pack.target]
@@ -109,7 +110,7 @@ def token_scores(
             entropies.add(pack.slot, ent)
         if value_head is not None:
             if part.head.whole:
-                raise ValueError(f"critic: {type(model).__name__} shows no hidden states to a head; name a model")
+                raise _no_hidden_states(model)
             values.add(pack.slot, _apply(value_head, hidden))
     return TokenScores(
         logps.table(), entropies.table() if entropy else None, values.table() if value_head is not None else None
@@ -125,18 +126,25 @@ def token_values(
     *,
     group_size: int = 1,
     plan: Plan | None = None,
+    value_head: nn.Module | None = None,
 ) -> Tensor:
     """The critic's value before each response token.
 
     Args:
-        critic: a sequence classifier with one label; its score head is read at every token.
+        critic: a sequence classifier with one label, whose score head is read at every token; with `value_head` any
+            decoder, whose LM head does not run.
+        value_head: hidden [..., D] -> [..., 1].
     Returns:
         [B, T] float32, with gradient where the critic has it; 0 outside the mask.
     """
+    critic = _bare(critic)
     ids, plan, honest = _checked(prompt_ids, prompt_mask, response_ids, response_mask, group_size, plan)
+    head = _score_head(critic) if value_head is None else value_head
     values = _Slots(plan, honest)
-    for part in hidden_states(critic, ids, plan):
-        values.add(part.pack.slot, _apply(_score_head(critic), part.hidden.index_select(0, part.pack.predict)))
+    for part in hidden_states(critic, ids, plan, read="predict"):
+        if part.head.whole:
+            raise _no_hidden_states(critic)
+        values.add(part.pack.slot, _apply(head, part.hidden.index_select(0, part.pack.predict)))
     return values.table()
 
 
@@ -157,6 +165,7 @@ def sequence_scores(
     Returns:
         [B] float32; NaN where the response is empty. Gradient where the model has it.
     """
+    model = _bare(model)
     ids, plan, honest = _checked(prompt_ids, prompt_mask, response_ids, response_mask, group_size, plan)
     rows, scores = [], []
     if getattr(model, "score", None) is None:
@@ -164,7 +173,7 @@ def sequence_scores(
     else:
         parts = [
             (part.pack.rows, _apply(_score_head(model), part.hidden.index_select(0, part.pack.last)))
-            for part in hidden_states(model, ids, plan)
+            for part in hidden_states(model, ids, plan, read="last")
         ]
     for row, score in parts:
         rows.append(row)
@@ -211,6 +220,25 @@ class _Slots:
         if self._honest is not None:
             table = table.where(self._honest[:, None], torch.nan)
         return torch.where(mask, table, table.new_zeros(()))
+
+
+def _bare(model: PreTrainedModel) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, whose adapters sit in its layers; any other model as it is."""
+    configs: Any = getattr(model, "peft_config", None)
+    unwrap: Any = getattr(model, "get_base_model", None)
+    if not configs or unwrap is None:
+        return model
+    if any(config.is_prompt_learning for config in configs.values()):
+        kinds = sorted(str(config.peft_type) for config in configs.values())
+        raise ValueError(
+            f"model: PEFT adapters that put tokens before the prompt cannot be scored, got {', '.join(kinds)}; "
+            "use adapters inside the layers, such as LoRA"
+        )
+    return unwrap()  # type: ignore[no-any-return]
+
+
+def _no_hidden_states(model: nn.Module) -> ValueError:
+    return ValueError(f"critic: {type(model).__name__} shows no hidden states to a head; name a model")
 
 
 def _score_head(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from torchbandit.scoring.packs import Segments, SharedPrompt, size_of
-from torchbandit.scoring.varlen import varlen_backward, varlen_forward
+from torchbandit.scoring.varlen import prompt_backward, prompt_forward, varlen_backward, varlen_forward
 
 NAME = "torchbandit"
 
@@ -93,14 +95,12 @@ class _Packed(torch.autograd.Function):
         out, lse = varlen_forward(query, key, value, starts, starts, longest, longest, True, scaling, window)
         if shared is not None:
             p, r = size_of(shared.prompts), size_of(shared.responses)
-            far, far_lse = varlen_forward(
-                query[p : p + r], key[:p], value[:p], shared.starts_q, shared.starts_k,
-                shared.longest_q, shared.longest_k, False, scaling, 0,
-            )  # fmt: skip
+            far, far_lse = prompt_forward(query, key, value, *shared, scaling)
             near, near_lse = out[p : p + r], lse[:, p : p + r]
+            # One sigmoid: a compiler runs this at every element, where two softmaxes would cost more than the memory.
+            weight = torch.sigmoid(far_lse - near_lse).t().unsqueeze(-1)
+            merged = (near * (1 - weight) + far * weight).to(out.dtype)
             whole = torch.logaddexp(near_lse, far_lse)
-            weights = [(part - whole).exp().t().unsqueeze(-1) for part in (near_lse, far_lse)]
-            merged = (near * weights[0] + far * weights[1]).to(out.dtype)
             out = torch.cat((out[:p], merged, out[p + r :]))
             lse = torch.cat((lse[:, :p], whole, lse[:, p + r :]), 1)
         ctx.save_for_backward(query, key, value, out, lse, starts, longest, *(shared or ()))
@@ -116,10 +116,7 @@ class _Packed(torch.autograd.Function):
         if rest:
             shared = SharedPrompt(*rest)
             p, r = size_of(shared.prompts), size_of(shared.responses)
-            far_dq, far_dk, far_dv = varlen_backward(
-                grad[p : p + r], query[p : p + r], key[:p], value[:p], out[p : p + r], lse[:, p : p + r],
-                shared.starts_q, shared.starts_k, shared.longest_q, shared.longest_k, False, ctx.scaling, 0,
-            )  # fmt: skip
+            far_dq, far_dk, far_dv = prompt_backward(grad, query, key, value, out, lse, *shared, ctx.scaling)
             dq = torch.cat((dq[:p], dq[p : p + r] + far_dq, dq[p + r :]))
             dk = torch.cat((dk[:p] + far_dk, dk[p:]))
             dv = torch.cat((dv[:p] + far_dv, dv[p:]))
@@ -129,8 +126,7 @@ class _Packed(torch.autograd.Function):
 @contextlib.contextmanager
 def installed(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
     """Run `model` with this attention inside the block, and with its own again after it."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    before = [(c, c._attn_implementation_internal) for c in configs.values()]
+    before = [(c, c._attn_implementation_internal) for c in _configs(model)]
     for config, _ in before:
         config._attn_implementation_internal = name
     again = checkpointed(model)
@@ -147,6 +143,28 @@ def installed(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
             module._gradient_checkpointing_func = function
         for config, own in before:
             config._attn_implementation_internal = own
+
+
+# Found once: walking a model's modules takes longer than launching one of its layers.
+_found_configs: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+_found_blocks: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """The model's own config first, then those of the models inside it."""
+    found = _found_configs.get(model)
+    if found is None or found[0] is not model.config:
+        inside = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+        found = _found_configs[model] = list(({id(model.config): model.config} | inside).values())
+    return found
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's layers, in order."""
+    found = _found_blocks.get(model)
+    if found is None:
+        found = _found_blocks[model] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return found
 
 
 def checkpointed(model: PreTrainedModel) -> list[Any]:

@@ -14,40 +14,56 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._functorch.config as _autograd_config
 import torch.fx.experimental._config as _shape_config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from torchbandit.models import wants_compile
-from torchbandit.scoring.attention import checkpointed
+from torchbandit.scoring.attention import blocks, checkpointed
 
 backend = "inductor"
 """Of torch.compile; tests count graphs with a cheaper one."""
 
-_calls: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
+_calls: weakref.WeakKeyDictionary[nn.Module, dict[str, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 _reductions: weakref.WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def layers(model: PreTrainedModel) -> Iterator[None]:
-    """Run `model`'s decoder layers compiled inside the block, if it wants that."""
+def layers(model: PreTrainedModel, *, trimmed: bool = False) -> Iterator[None]:
+    """Run `model`'s decoder layers and its final norm compiled inside the block, if it wants that.
+
+    Args:
+        trimmed: the last layer is another one than the rest (`last_layer.trimmed`).
+    """
     # With gradient checkpointing a layer runs a second time outside this block: as it runs the first time, eager.
     if not wants_compile(model) or checkpointed(model):
         yield
         return
-    call = _calls.get(model)
-    if call is None:
-        call = _calls[model] = own(_call_layer)
-    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for block in blocks:
-        block._compiled_call_impl = functools.partial(call, block)
+    calls = _calls.get(model)
+    if calls is None:
+        calls = _calls[model] = {kind: own(_call_layer) for kind in ("layer", "last", "norm")}
+    modules = [(block, "layer") for block in blocks(model)]
+    if trimmed:
+        modules[-1] = (modules[-1][0], "last")
+    if (norm := _final_norm(model)) is not None:
+        modules.append((norm, "norm"))
+    for module, kind in modules:
+        module._compiled_call_impl = functools.partial(calls[kind], module)
     try:
-        with no_duck_shapes():
+        # What is pointwise in a layer (norms, rotary embedding, silu * mul) is computed again in backward even where
+        # that means one more write there: 14 instead of 20 activations a token and layer are kept.
+        with no_duck_shapes(), _autograd_config.patch(ban_recompute_materialized_backward=False):
             yield
     finally:
-        for block in blocks:
-            block._compiled_call_impl = None
+        for module, _ in modules:
+            module._compiled_call_impl = None
+
+
+def _final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm after the last layer, by the names that decoders give it."""
+    body = model.base_model
+    return next((m for name in ("norm", "ln_f", "final_layer_norm") if (m := body._modules.get(name))), None)
 
 
 def own(function: Callable[..., Any]) -> Callable[..., Any]:

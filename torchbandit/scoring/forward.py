@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from torchbandit.scoring import attention, compiled
+from torchbandit.scoring import attention, compiled, last_layer
 from torchbandit.scoring.heads import Head
 from torchbandit.scoring.packs import Pack
 from torchbandit.scoring.plan import Plan
@@ -23,11 +24,14 @@ class Hidden(NamedTuple):
     head: Head
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor, plan: Plan) -> Iterator[Hidden]:
+def hidden_states(
+    model: PreTrainedModel, ids: Tensor, plan: Plan, *, read: Literal["predict", "last", "all"] = "all"
+) -> Iterator[Hidden]:
     """Run the backbone over the plan, pack by pack.
 
     Args:
         ids: [B, S] int64, prompt and response side by side.
+        read: which of the pack's tokens the caller will look at; the others may come out as anything.
     """
     route = route_of(model)
     head = Head(model, route.whole)
@@ -39,7 +43,13 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, plan: Plan) -> Iterator[H
             inputs["position_ids"] = pack.positions
             if pack.segments is not None:
                 inputs["segments"] = pack.segments
-            with attention.installed(model), compiled.layers(model):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(attention.installed(model))
+                trimmed = False
+                if route.trims and read != "all":
+                    places = pack.predict if read == "predict" else pack.last
+                    trimmed = stack.enter_context(last_layer.trimmed(model, places, pack.source.numel()))
+                stack.enter_context(compiled.layers(model, trimmed=trimmed))
                 out = body(**inputs)
         else:
             real = pack.positions < (plan.table.prompt + plan.table.reply)[pack.rows][:, None]
@@ -47,7 +57,7 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, plan: Plan) -> Iterator[H
         yield Hidden(pack, (out.logits if route.whole else out.last_hidden_state).flatten(0, 1), head)
 
 
-def _packs(plan: Plan, route: Route) -> list[Pack]:
+def _packs(plan: Plan, route: Route) -> Iterable[Pack]:
     if not (plan.packing and route.packs):
         return plan.padded()
     # Behind a window, how far back a shared prompt lies differs from response to response: no sharing there.

@@ -8,6 +8,7 @@ Axis letters beside batch.py's: S = P + T columns; R rows of a pack; W tokens of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -135,15 +136,13 @@ def _padded_pack(table: Table, rows: Tensor, hosts: list[int], W: int) -> Pack:
     )
 
 
-def end_to_end(table: Table, budget: int) -> list[Pack]:
+def end_to_end(table: Table, budget: int) -> Iterator[Pack]:
     """Rows in one line each pack, shortest first."""
     totals = [p + r for p, r in zip(*table.host, strict=True)]
     rows = torch.argsort(table.prompt + table.reply, stable=True)
     ranked = sorted(range(len(totals)), key=totals.__getitem__)
-    return [
-        _line(table, rows[begin:end], ranked[begin:end], totals)
-        for begin, end in _cuts([totals[i] for i in ranked], budget)
-    ]
+    for begin, end in _cuts([totals[i] for i in ranked], budget):
+        yield _line(table, rows[begin:end], ranked[begin:end], totals)
 
 
 def _line(table: Table, rows: Tensor, hosts: list[int], totals: list[int]) -> Pack:
@@ -164,17 +163,15 @@ def _line(table: Table, rows: Tensor, hosts: list[int], totals: list[int]) -> Pa
     )
 
 
-def with_shared_prompts(table: Table, group_size: int, budget: int) -> list[Pack]:
+def with_shared_prompts(table: Table, group_size: int, budget: int) -> Iterator[Pack]:
     """Groups in one line each pack: their prompts once, then their responses."""
     prompts, replies = table.host
     B, G = len(prompts), group_size
     totals = [prompts[b] + sum(replies[b : b + G]) for b in range(0, B, G)]
     device_totals = table.prompt[::G] + table.reply.view(-1, G).sum(1)
     groups, ranked = torch.argsort(device_totals, stable=True), sorted(range(B // G), key=totals.__getitem__)
-    return [
-        _tree(table, groups[begin:end], ranked[begin:end], G)
-        for begin, end in _cuts([totals[i] for i in ranked], budget)
-    ]
+    for begin, end in _cuts([totals[i] for i in ranked], budget):
+        yield _tree(table, groups[begin:end], ranked[begin:end], G)
 
 
 def _tree(table: Table, groups: Tensor, hosts: list[int], G: int) -> Pack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,7 +37,7 @@ class Plan:
     share_prompts: bool
     table: Table
     metrics: dict[str, float] = field(default_factory=dict)
-    _packs: dict[str, list[Pack]] = field(default_factory=dict)
+    _packs: dict[str, Iterable[Pack]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -49,23 +50,43 @@ class Plan:
             return self.table.columns.shape[1]
         return max(p + r for p, r in zip(*self.table.host, strict=True))
 
-    def padded(self) -> list[Pack]:
+    def padded(self) -> Iterable[Pack]:
         """Rows in lines of their own, aligned left; sorted by length where the host knows lengths."""
         if "padded" not in self._packs:
             self._packs["padded"] = packs.padded(self.table, self.token_budget)
         return self._packs["padded"]
 
-    def packed(self) -> list[Pack]:
+    def packed(self) -> Iterable[Pack]:
         """Rows end to end in lines of about `token_budget` tokens."""
         if "packed" not in self._packs:
-            self._packs["packed"] = packs.end_to_end(self.table, self.token_budget)
+            self._packs["packed"] = _Kept(packs.end_to_end(self.table, self.token_budget))
         return self._packs["packed"]
 
-    def shared(self) -> list[Pack]:
+    def shared(self) -> Iterable[Pack]:
         """Groups end to end, each prompt once."""
         if "shared" not in self._packs:
-            self._packs["shared"] = packs.with_shared_prompts(self.table, self.group_size, self.token_budget)
+            self._packs["shared"] = _Kept(packs.with_shared_prompts(self.table, self.group_size, self.token_budget))
         return self._packs["shared"]
+
+
+class _Kept:
+    """Packs, laid out when first asked for and kept for the next model: while the device computes one, the host
+    prepares the next."""
+
+    def __init__(self, packs: Iterator[Pack]) -> None:
+        self._packs = packs
+        self._kept: list[Pack] = []
+
+    def __iter__(self) -> Iterator[Pack]:
+        at = 0
+        while True:
+            if at == len(self._kept):
+                pack = next(self._packs, None)
+                if pack is None:
+                    return
+                self._kept.append(pack)
+            yield self._kept[at]
+            at += 1
 
 
 def make_plan(
@@ -85,7 +106,7 @@ def make_plan(
         group_size: siblings of a prompt, contiguous; they may share its computation.
         group_id: [B] int64; where it shows that contiguous rows are no siblings, each row is scored by itself.
         packing: False never copies to the host and pads every row to P + T.
-        token_budget: tokens of one forward call; by default 32768 on CUDA and 4096 elsewhere.
+        token_budget: tokens of one forward call; by default 49152 on CUDA and 4096 elsewhere.
         share_prompts: "auto" where it saves enough; needs packing.
     Raises:
         ValueError: masks are not bool matrices of one batch, or the group size does not divide it.
@@ -104,7 +125,7 @@ def make_plan(
     if packing not in (True, False, "auto"):
         raise ValueError(f'packing: must be True, False or "auto", got {packing!r}')
     if token_budget is None:
-        token_budget = 32768 if prompt_mask.is_cuda else 4096
+        token_budget = 49152 if prompt_mask.is_cuda else 4096
     prompt, reply = prompt_mask.sum(1), response_mask.sum(1)
     prompts: list[int] | None = None
     replies: list[int] | None = None

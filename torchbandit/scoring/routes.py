@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from torchbandit.scoring import attention, packs
+from torchbandit.scoring import attention, last_layer, packs
 from torchbandit.scoring.heads import Head
 
 
@@ -29,6 +29,7 @@ class Route(NamedTuple):
         whole: its head does more than we know: its own logits are taken, all at once.
         window: the longest sequence for which a window hides nothing; None without a window.
         why_not: for the warning.
+        trims: its last layer may run on the tokens that are read alone.
     """
 
     ours: bool
@@ -36,6 +37,7 @@ class Route(NamedTuple):
     whole: bool
     window: int | None
     why_not: str = ""
+    trims: bool = False
 
 
 _routes: weakref.WeakKeyDictionary[nn.Module, Route] = weakref.WeakKeyDictionary()
@@ -77,6 +79,7 @@ def _probe(model: PreTrainedModel) -> Route:
                 before = _counted[0]
                 packed = _packed(model, ids)
                 calls = _counted[0] - before
+            trims = _trims(model, ids, packed)
     except attention.UnsupportedAttention as error:
         return Route(False, False, whole, window, f"it asks for {error}")
     finally:
@@ -87,7 +90,18 @@ def _probe(model: PreTrainedModel) -> Route:
     moved = _distance(packed, torch.cat(alone))
     if not moved < _tolerance(packed):
         return Route(False, False, whole, window, f"a row's hidden states move by {moved:.2g} beside another row")
-    return Route(True, True, whole, window)
+    return Route(True, True, whole, window, trims=trims)
+
+
+def _trims(model: PreTrainedModel, ids: tuple[Tensor, ...], want: Tensor) -> bool:
+    """Whether each sequence's last token comes out the same where the last layer runs on these tokens alone."""
+    ends = torch.tensor([len(i) for i in ids], device=want.device).cumsum(0) - 1
+    try:
+        with attention.installed(model), last_layer.trimmed(model, ends, want.shape[0]) as done:
+            got = _packed(model, ids) if done else None
+    except (attention.UnsupportedAttention, TypeError):
+        return False
+    return got is not None and _distance(got[ends], want[ends]) < _tolerance(want) / 5
 
 
 def _head_does_more(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> bool:

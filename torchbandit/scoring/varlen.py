@@ -106,6 +106,68 @@ def _(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
+# A line with shared prompts holds all prompts, then all responses. The ops below cut it up inside: compilers would
+# compute a slice that goes into an op a second time, rotary embedding and all.
+@torch.library.custom_op("torchbandit::prompt_forward", mutates_args=())
+def prompt_forward(
+    query: Tensor, key: Tensor, value: Tensor, prompts: Tensor, responses: Tensor,
+    starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of each group's responses to the prompt that they share.
+
+    Args:
+        query: [N, H, D]; key, value: [N, K, D]: the whole line.
+        prompts, responses: size carriers, p and r tokens.
+        starts_q: over response tokens; starts_k: over prompt tokens; the rest as in `varlen_forward`.
+    Returns:
+        ([r, H, D], log-sum-exp [H, r] float32).
+    """
+    p, r = size_of(prompts), size_of(responses)
+    q, k, v = query[p : p + r], key[:p], value[:p]
+    out: tuple[Tensor, Tensor] = varlen_forward(
+        q, k, v, starts_q, starts_k, longest_q, longest_k, False, scale, 0
+    )  # fmt: skip
+    return out
+
+
+@prompt_forward.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, prompts: Tensor, responses: Tensor,
+    starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    H, D, r = *query.shape[1:], size_of(responses)
+    return query.new_empty((r, H, D)), query.new_empty((H, r), dtype=torch.float32)
+
+
+@torch.library.custom_op("torchbandit::prompt_backward", mutates_args=())
+def prompt_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, prompts: Tensor,
+    responses: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `prompt_forward`.
+
+    Args:
+        grad, out: [N, H, D]; lse: [H, N] float32: of the whole attention over the whole line; the rest as above.
+    Returns:
+        gradients of the responses' query [r, H, D] and of the prompts' key and value [p, K, D].
+    """
+    p, r = size_of(prompts), size_of(responses)
+    grads: tuple[Tensor, Tensor, Tensor] = varlen_backward(
+        grad[p : p + r], query[p : p + r], key[:p], value[:p], out[p : p + r], lse[:, p : p + r],
+        starts_q, starts_k, longest_q, longest_k, False, scale, 0,
+    )  # fmt: skip
+    return grads
+
+
+@prompt_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, prompts: Tensor,
+    responses: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    p, r = size_of(prompts), size_of(responses)
+    return tuple(x.new_empty((n, *x.shape[1:])) for n, x in ((r, query), (p, key), (p, value)))  # type: ignore[return-value]
+
+
 def _has_kernel(query: Tensor) -> bool:
     D = query.shape[-1]
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and D % 8 == 0 and D <= 256
