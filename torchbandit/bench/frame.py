@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -212,17 +213,24 @@ class Frame:
     def limits(self) -> dict[str, float]:
         """Of this machine, in this run: bytes a second copied and read, and products of one large square matrix."""
         if not hasattr(self, "_limits"):
-            side, size = (8192, 2**30) if self.cuda and not self.tiny else (256, 2**24)
-            source = torch.zeros(size, dtype=torch.uint8, device=self.device)
-            target = torch.empty_like(source)
-            copy = 2 * size / self.time(lambda: target.copy_(source), warm=2).median
-            wide = source.view(torch.float32)
-            read = size / self.time(lambda: wide.sum(), warm=2).median
+            big = self.cuda and not self.tiny
+            copy, wide = self.copy_rate(self.device), torch.zeros(2**30 if big else 2**22, device=self.device)
             self._limits = {
-                "copy_bytes_s": copy, "read_bytes_s": max(read, copy / 2 if self.cuda else 0),
-                "matmul_flop_s": self.matmul([(side, side)], side),
+                "copy_bytes_s": copy, "read_bytes_s": max(wide.nbytes / self.quickest(wide.sum), copy),
+                "matmul_flop_s": self.matmul([(8192, 8192) if big else (256, 256)], 8192 if big else 256),
             }  # fmt: skip
         return self._limits
+
+    def quickest(self, call: Callable[[], Any]) -> float:
+        """Seconds of a call among many: a limit is what was reached once, and launches are not to count in it."""
+        return self.time(lambda: [call() for _ in range(10)], warm=2).low / 10
+
+    def copy_rate(self, device: torch.device) -> float:
+        """Bytes a second of a copy within this device, read and written."""
+        size = 2**32 if device.type == "cuda" and not self.tiny else 2**24
+        source = torch.zeros(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return 2 * size / self.quickest(lambda: target.copy_(source))
 
     def matmul(self, shapes: Iterable[tuple[int, int]], rows: int) -> float:
         """FLOP a second of [rows, m] @ [m, n], one after the other, for all (m, n): a model's own shapes."""
@@ -232,15 +240,10 @@ class Frame:
             if (m, n) not in made:
                 a, b = (torch.randn(*s, device=self.device).to(self.dtype) for s in ((rows, m), (m, n)))
                 out = torch.empty(rows, n, device=self.device, dtype=self.dtype)
-                made[m, n] = self.time(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), warm=3).median  # type: ignore[misc]
+                made[m, n] = self.quickest(partial(torch.mm, a, b, out=out))
             seconds += made[m, n]
             flop += 2 * rows * m * n
         return flop / seconds
-
-    def model_matmul(self, model: torch.nn.Module, rows: int) -> float:
-        """`matmul` of all linear layers of a model."""
-        linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-        return self.matmul([(m.in_features, m.out_features) for m in linears], rows)
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 

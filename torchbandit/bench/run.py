@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
@@ -54,6 +55,9 @@ def _bench(options: BenchOptions, write: bool) -> dict[str, Any]:
             if options.what != "all":
                 raise
             frame.leave_out(name, " ".join(str(error).split()))
+        gc.collect()  # the models of one benchmark are not the next one's peak
+        if frame.cuda:
+            torch.cuda.empty_cache()
     result = frame.result()
     if write and options.plot is not None:
         from torchbandit.bench.plot import plot

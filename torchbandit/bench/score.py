@@ -1,9 +1,14 @@
 """`torchbandit bench score`: scores and log-probs beside transformers padded and sorted, correctness first.
 
 Rows: rm, rm7b (reward model), ref (reference log-probs over a vocabulary of 128k), grad (log-probs with gradient),
-groups (eight responses a prompt), flat (cost a token from few to many rows). 512 rows of mixed lengths: prompts of
+groups (eight responses a prompt), step (what part of env.step runs in the models' kernels), flat (cost a token from
+few to many rows). 512 rows of mixed lengths: prompts of
 exp(N(4.8, 0.6)) in 16..512, responses of exp(N(5.3, 0.8)) in 8..1024, random bf16 weights. A row that is further from
 float32 than the baseline ends the run.
+
+TFLOP/s and shares of a ceiling count every layer on every token, as the baselines compute them. Of its last layer a
+reward model needs no more than one token a row behind the attention, and scoring computes no more: of 16 layers that is
+5% of the arithmetic counted here.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from torchbandit.bench.score_work import (
 )
 from torchbandit.scoring import log_probs, make_plan, sequence_scores
 
-ROWS = ("rm", "rm7b", "ref", "grad", "groups", "flat")
+ROWS = ("rm", "rm7b", "ref", "grad", "groups", "step", "flat")
 
 
 def run(frame: Frame) -> None:
@@ -42,7 +47,8 @@ def run(frame: Frame) -> None:
         frame.leave_out("score", "no CUDA device; --tiny shows that it runs")
         return
     calls: dict[str, Callable[[Run], dict[str, Any]]] = {
-        "rm": rm_row, "rm7b": rm7b_row, "ref": ref_row, "grad": grad_row, "groups": groups_row, "flat": flat_row,
+        "rm": rm_row, "rm7b": rm7b_row, "ref": ref_row, "grad": grad_row, "groups": groups_row, "step": step_row,
+        "flat": flat_row,
     }  # fmt: skip
     for name in frame.chosen(ROWS):
         calls[name](shared)
@@ -67,7 +73,7 @@ def add(
     run.frame.add(line)
 
 
-def rm_row(run: Run, shape: str = "1b", num: int = 512, arrival: bool = True) -> dict[str, Any]:
+def rm_row(run: Run, shape: str = "1b", num: int = 512, full: bool = True) -> dict[str, Any]:
     args = ragged(run, run.rows(num))
     model = build(run, shape, LlamaForSequenceClassification, compile=False)
     some = list(range(0, run.rows(num), max(run.rows(num) // 8, 1)))
@@ -83,14 +89,14 @@ def rm_row(run: Run, shape: str = "1b", num: int = 512, arrival: bool = True) ->
         eager = sequence_scores(model, *args, plan=plan)
         out = check("rm eager", eager[some], base[some], exact)
         row: dict[str, Any] = {"tokens": tokens_of(args), **out}
-        if arrival:
-            row["hf_arrival_tok_s"] = tokens_of(args) / run.time(lambda: arriving.scores(model), 2)
-        row["hf_sorted_tok_s"] = tokens_of(args) / run.time(lambda: ordered.scores(model))
-        row["eager_tok_s"] = tokens_of(args) / run.time(lambda: sequence_scores(model, *args, plan=plan))
+        if full:
+            row["hf_arrival_tok_s"] = tokens_of(args) / run.time(lambda: arriving.scores(model), 1)
+            row["eager_tok_s"] = tokens_of(args) / run.time(lambda: sequence_scores(model, *args, plan=plan), 2, 0)
+        row["hf_sorted_tok_s"] = tokens_of(args) / run.time(lambda: ordered.scores(model), 3 if full else 2, 0)
         compile_layers(model, True)
         row["compile_s"] = _once(run, lambda: sequence_scores(model, *args, plan=plan))
         check("rm compiled", sequence_scores(model, *args, plan=plan)[some], base[some], exact)
-        seconds = run.time(ours, 5)
+        seconds = run.time(ours, 5 if full else 3)
         if run.frame.profile:
             profile(run, lambda: sequence_scores(model, *args, plan=plan))
         took, peak = run.last, run.frame.peak_gb(ours)
@@ -101,7 +107,7 @@ def rm_row(run: Run, shape: str = "1b", num: int = 512, arrival: bool = True) ->
         seconds * run.matmul)  # fmt: skip
     row["over_sorted"] = row["compiled_tok_s"] / row["hf_sorted_tok_s"]
     theirs = {"transformers, padded, sorted": row["hf_sorted_tok_s"]}
-    if arrival:
+    if full:
         row["over_arrival"] = row["compiled_tok_s"] / row["hf_arrival_tok_s"]
         theirs["transformers, padded, arrival order"] = row["hf_arrival_tok_s"]
     with torch.no_grad():
@@ -112,18 +118,23 @@ def rm_row(run: Run, shape: str = "1b", num: int = 512, arrival: bool = True) ->
     return row
 
 
-def profile(run: Run, work: Callable[[], Any], limit: int = 12) -> None:
-    """Print the kernels that one call spends its time in, and what part of it none runs."""
+def kernel_times(run: Run, work: Callable[[], Any]) -> tuple[float, dict[tuple[str, int], float]]:
+    """Wall seconds of one call, and the seconds of each of its kernels by (name, how often)."""
     if run.device.type != "cuda":
-        return
+        return _once(run, work), {}
+    run.sync()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         seconds = _once(run, work)
-    kernels = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in kernels) / 1e6
+    return seconds, {(e.key, e.count): e.self_device_time_total / 1e6 for e in trace.key_averages()}
+
+
+def profile(run: Run, work: Callable[[], Any], limit: int = 14) -> None:
+    """Print the kernels that one call spends its time in, and what part of it none runs."""
+    seconds, kernels = kernel_times(run, work)
+    total = sum(kernels.values())
     print(f"  {seconds * 1e3:.0f} ms, of which kernels {total * 1e3:.0f} ms:")
-    for event in kernels[:limit]:
-        share = event.self_device_time_total / 1e6 / total
-        print(f"    {share:6.1%} {event.count:6} x {event.key[:100]}")
+    for (name, count), taken in sorted(kernels.items(), key=lambda item: -item[1])[:limit]:
+        print(f"    {taken / total:6.1%} {count:6} x {name[:100]}")
 
 
 def _once(run: Run, work: Callable[[], Any]) -> float:
@@ -134,7 +145,7 @@ def _once(run: Run, work: Callable[[], Any]) -> float:
 
 
 def rm7b_row(run: Run) -> dict[str, Any]:
-    return rm_row(run, "7b", 256, arrival=False)
+    return rm_row(run, "7b", 256, full=False)
 
 
 def ref_row(run: Run) -> dict[str, Any]:
@@ -151,9 +162,9 @@ def ref_row(run: Run) -> dict[str, Any]:
         exact, base = exact_log_probs(model, args, some), ordered.log_probs(model)
         row: dict[str, Any] = {"tokens": tokens_of(args), "response_tokens": int(args[3].sum())}
         row |= check("ref eager", ours().sum(1)[some], base[some], exact)
-        row["hf_sorted_tok_s"] = tokens_of(args) / run.time(lambda: ordered.log_probs(model), 2)
+        row["hf_sorted_tok_s"] = tokens_of(args) / run.time(lambda: ordered.log_probs(model), 2, 0)
         row["hf_sorted_peak_gb"] = run.peak(lambda: ordered.log_probs(model))
-        row["eager_tok_s"] = tokens_of(args) / run.time(ours)
+        row["eager_tok_s"] = tokens_of(args) / run.time(ours, 2, 0)
         row["eager_peak_gb"] = run.peak(ours)
         compile_layers(model, True)
         row["compile_s"] = _once(run, ours)
@@ -193,14 +204,15 @@ def grad_row(run: Run) -> dict[str, Any]:
     row: dict[str, Any] = {"tokens": tokens_of(args), "response_tokens": int(args[3].sum())}
     row["hf_sorted_tok_s"] = tokens_of(args) / run.time(theirs, 2)
     row["hf_sorted_peak_gb"] = run.peak(theirs)
-    for budget in (256,) if run.tiny else (8192, 16384, 32768):
+    for budget in (256,) if run.tiny else (16384, 20480, 32768):
         micro = _micro_batches(args, budget)
 
         def ours(micro: list[tuple[Tensor, Args]] = micro, budget: int = budget) -> Tensor:
             model.zero_grad()
             out = torch.empty(num, device=run.device)
-            for rows, part in micro:
-                total = log_probs(model, *part, plan=make_plan(part[1], part[3], token_budget=2 * budget)).sum(1)
+            plans = [make_plan(part[1], part[3], token_budget=2 * budget) for _, part in micro]
+            for (rows, part), plan in zip(micro, plans, strict=True):
+                total = log_probs(model, *part, plan=plan).sum(1)
                 total.sum().backward()
                 out[rows] = total.detach()
             return out
@@ -213,16 +225,16 @@ def grad_row(run: Run) -> dict[str, Any]:
                 raise AssertionError(f"{name}: a gradient is {max(off):.2g} from the baseline's, in relative norm")
             row["gradient_distance"] = max(off)
 
-        cell: dict[str, float] = {}
+        cell: dict[str, float] = {"micro_batches": len(micro)}
         compile_layers(model, False)
-        if budget != 32768:
+        if budget in (256, 16384):
             verify("grad eager")
             cell["eager_tok_s"] = tokens_of(args) / run.time(ours, 2)
             cell["eager_peak_gb"] = run.peak(ours)
         compile_layers(model, True)
         cell["compile_s"] = _once(run, ours)
         verify("grad compiled")
-        seconds = run.time(ours, 3)
+        seconds = run.time(ours, 5)
         took = run.last
         cell["peak_gb"] = run.peak(ours)
         cell["tok_s"] = tokens_of(args) / seconds
@@ -231,25 +243,28 @@ def grad_row(run: Run) -> dict[str, Any]:
         cell["peak_of_sorted"] = cell["peak_gb"] / max(row["hf_sorted_peak_gb"], 1e-9)
         row[f"micro_{budget}"] = cell
         add(
-            run, f"log-probs with gradient, 410m, {num} rows, {budget} tokens a microbatch", "410m", tokens_of(args),
+            run, f"log-probs with gradient, 410m, {num} rows, at most some {budget} tokens a microbatch", "410m", tokens_of(args),
             took, flop=3 * flops(model, args, int(args[3].sum())),
             theirs={"transformers, full logits, sorted": row["hf_sorted_tok_s"]},
             row=cell | {k: row[k] for k in ("gradient_distance", "error_std", "hf_sorted_peak_gb")},
             peak_gb=cell["peak_gb"] if run.frame.cuda else None, ours=ours,
         )  # fmt: skip
-        if run.frame.profile and budget == 16384:
+        if run.frame.profile and budget == 20480:
             profile(run, ours)
     return row
 
 
 def _micro_batches(args: Args, budget: int) -> list[tuple[Tensor, Args]]:
-    """Rows in order of length, about `budget` real tokens at a time."""
+    """Rows in order of length, in as few spans of even token counts as come out at about `budget`."""
     lengths = (args[1].sum(1) + args[3].sum(1)).tolist()
+    even = sum(lengths) / -(-sum(lengths) // budget)
     spans: list[list[int]] = [[]]
+    done = 0.0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if spans[-1] and sum(lengths[k] for k in spans[-1]) + lengths[i] > budget:
+        if spans[-1] and done + lengths[i] / 2 > even * len(spans):
             spans.append([])
         spans[-1].append(i)
+        done += lengths[i]
     rows = [torch.tensor(span, device=args[0].device) for span in spans]
     return [(r, tuple(x[r] for x in args)) for r in rows]  # type: ignore[misc]
 
@@ -270,9 +285,11 @@ def groups_row(run: Run) -> dict[str, Any]:
             for share, plan in plans.items():
                 got = sequence_scores(model, *args, plan=plan)
                 check(f"groups {prompt}/{reply}", got, base, None)
-                seconds[share] = run.time(lambda a=args, p=plan: sequence_scores(model, *a, plan=p))  # type: ignore[misc]
+                seconds[share] = run.time(lambda a=args, p=plan: sequence_scores(model, *a, plan=p), 5)  # type: ignore[misc]
                 took[share] = run.last
-            hf = run.time(lambda p=padded: p.scores(model), 2)  # type: ignore[misc]
+                if run.frame.profile and prompt == 512:
+                    profile(run, lambda a=args, p=plan: sequence_scores(model, *a, plan=p))  # type: ignore[misc]
+            hf = run.time(lambda p=padded: p.scores(model), 3, 0)  # type: ignore[misc]
         auto = make_plan(args[1], args[3], group_size=8)
         out[f"P{prompt}_C{reply}"] = {
             "hf_padded_tok_s": tokens_of(args) / hf,
@@ -290,6 +307,51 @@ def groups_row(run: Run) -> dict[str, Any]:
     return out
 
 
+def step_row(run: Run) -> dict[str, Any]:
+    """`env.step` with a reward model, a reference and a KL penalty: what part of it runs in the models' kernels."""
+    from tensordict import TensorDict
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from torchbandit import BanditEnv, KLPenalty, PromptSet, RewardModel
+
+    args = ragged(run, run.rows(512))
+    rm = build(run, "1b", LlamaForSequenceClassification, compile=not run.tiny)
+    reference = build(run, "1b", LlamaForCausalLM, compile=not run.tiny, seed=1)
+    core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(rm.config.vocab_size)}, unk_token="t1"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="t2", pad_token="t0")
+    prompts = PromptSet.from_tokens((args[0].cpu(), args[1].cpu()), tokenizer=tokenizer)
+    env = BanditEnv(prompts, [RewardModel(rm), KLPenalty(reference)], num_prompts=len(args[0]), device=run.device)
+    td = env.reset()
+    td["tokens", "response"], td["masks", "response"] = args[2], args[3]
+    td["log_probs"] = TensorDict({"response": torch.zeros(args[3].shape, device=run.device)}, batch_size=td.batch_size)
+    td["finished"] = torch.ones(len(td), dtype=torch.bool, device=run.device)
+    rows = (td["tokens", "prompt"], td["masks", "prompt"], args[2], args[3])
+
+    plan = make_plan(rows[1], rows[3])
+
+    def models_alone() -> None:
+        with torch.no_grad():
+            sequence_scores(rm, *rows, plan=plan)
+            log_probs(reference, *rows, plan=plan)
+
+    alone = run.time(models_alone)
+    run.time(lambda: env.step(td))
+    wall, kernels = kernel_times(run, lambda: env.step(td))
+    _, kernels_alone = kernel_times(run, models_alone)
+    if run.frame.profile:
+        profile(run, lambda: env.step(td))
+    row = {
+        "step_ms": run.last.median * 1e3,
+        "models_alone_ms": alone * 1e3,
+        "in_kernels": sum(kernels.values()) / wall,
+        "in_model_kernels": sum(kernels_alone.values()) / wall,
+    }
+    work = f"env.step with reward model, reference and KL, 1b, {run.rows(512)} rows"
+    add(run, work, "1b", tokens_of(args), run.last, flop=None, theirs={}, row=row, ours=lambda: env.step(td))
+    return row
+
+
 def flat_row(run: Run) -> dict[str, Any]:
     """Cost a token from 64 to 4096 rows."""
     model = build(run, "1b", LlamaForSequenceClassification, compile=True)
@@ -297,7 +359,7 @@ def flat_row(run: Run) -> dict[str, Any]:
     with torch.no_grad():
         for num in (16, 32) if run.tiny else (64, 512, 4096):
             args = ragged(run, num)
-            seconds = run.time(lambda a=args: sequence_scores(model, *a), 3 if num < 1024 else 1)  # type: ignore[misc]
+            seconds = run.time(lambda a=args: sequence_scores(model, *a), *((3, 1) if num < 1024 else (1, 0)))  # type: ignore[misc]
             out[str(num)] = seconds / tokens_of(args) * 1e6
             row = {
                 "us a token": out[str(num)],

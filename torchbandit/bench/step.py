@@ -85,6 +85,7 @@ def measure(frame: Frame, device: torch.device) -> None:
     where = "CPU, one thread" if cpu else "GPU"
     kept = cpu and keep_heap()
     a_row: dict[int, float] = {}
+    copy_rate = frame.copy_rate(device)
     for rows in (64, 256) if frame.tiny else (1024, 4096, 16384):
         work = Work(rows, device, 16 if frame.tiny else 128)
         work.check()
@@ -95,9 +96,7 @@ def measure(frame: Frame, device: torch.device) -> None:
             "step", f"reset + step, {rows} rows, {where}", rows / ours.median, "rows/s", rows / ours.high,
             rows / ours.low, host_syncs=frame.host_syncs(work.ours),
         )  # fmt: skip
-        if cpu == (not frame.cuda):
-            line.percent = 100 * work.least_bytes() / frame.limits()["copy_bytes_s"] / ours.median
-            line.ceiling = "the copy bandwidth"
+        line.percent, line.ceiling = 100 * work.least_bytes() / copy_rate / ours.median, "the copy bandwidth"
         line.more["over the bare index, gather and reward tensors"] = ours.median / bare.median
         line.more["us a row"] = a_row[rows] * 1e6
         line.more["us a row over that of the fewest rows"] = a_row[rows] / next(iter(a_row.values()))
