@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,4 +165,4 @@ def test_rows_belong_to_one_benchmark(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(["bench", "--tiny", "--rows", "rm"]) == 2
     assert "name it" in capsys.readouterr().err
     assert cli.main(["bench", "score", "--tiny", "--rows", "rn"]) == 2
-    assert "rows: must be of rm, rm7b, ref, grad, groups, flat, got rn" in capsys.readouterr().err
+    assert re.search(r"rows: must be of rm, .*, got rn", capsys.readouterr().err)
