@@ -208,6 +208,10 @@ def test_trap_11_kl_is_unclamped_with_the_gradient_of_its_definition() -> None:
         kl = L.kl_estimate(log_probs, ref, name)  # type: ignore[arg-type]
         assert_close(kl, value[name])
         assert_close(gradient(kl.sum(), log_probs), slope[name])
+        # The wrong variant, a clamp at 10: other values in the tails, and no gradient there.
+        clamped = L.kl_estimate((log_probs - ref).clamp(-10, 10), torch.zeros_like(ref), name)  # type: ignore[arg-type]
+        assert (clamped - value[name])[0, [0, -1]].abs().min() > 10
+        assert gradient(clamped.sum(), log_probs)[0, [0, -1]].abs().max() == 0
 
 
 def test_kl_estimators_in_expectation_over_a_whole_vocabulary() -> None:

@@ -154,6 +154,8 @@ def test_trap_07_double_or_missing_bos():
     tokenizer = bos_tokenizer()
     plain = PromptSet.from_texts(["hi", "<bos>hi"], tokenizer, max_length=50)
     assert real_rows(plain) == [[BOS, *byte_ids("hi")]] * 2
+    # The wrong variant: the tokenizer as it is puts a second BOS before one that the text brings.
+    assert tokenizer("<bos>hi")["input_ids"][:2] == [BOS, BOS]
     chat = PromptSet.from_texts(["hi"], tokenizer, max_length=50, chat=True)
     assert real_rows(chat) == [[BOS, *byte_ids("[user]hi[assistant]")]]
     messages = [[{"role": "user", "content": "hi"}]]

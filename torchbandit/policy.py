@@ -81,9 +81,6 @@ class CausalLMPolicy(nn.Module):
         elif critic is not None:
             check_same_tokenizer(tokenizer, critic, "critic")
             self.critic = load_reward_model(critic, self.device, dtype=dtype, trainable=trainable)
-        for scored in (self.lm, self.critic):
-            if scored is not None:
-                scoring.prepare(scored)  # now, so that the first scores wait for nothing
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.stop_ids = self.sampling.stop_ids or stop_ids_of(self.lm, tokenizer)
         self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -114,6 +111,9 @@ class CausalLMPolicy(nn.Module):
             td's keys and ("tokens"|"masks"|"log_probs","response") [B, T], finished [B], temperature [B] and, with
             a critic, values [B, T]; T = sampling.max_new_tokens. td is left as it was.
         """
+        for scored in (self.lm, self.critic):
+            if scored is not None:
+                scoring.prepare(scored)  # the first time; here, and not at building, where RLlib allows no forward pass
         sampling = dataclasses.replace(self.sampling, temperature=0.0) if greedy else self.sampling
         made = generate(
             self.lm,

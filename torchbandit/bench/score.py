@@ -243,8 +243,8 @@ def grad_row(run: Run) -> dict[str, Any]:
         cell["peak_of_sorted"] = cell["peak_gb"] / max(row["hf_sorted_peak_gb"], 1e-9)
         row[f"micro_{budget}"] = cell
         add(
-            run, f"log-probs with gradient, 410m, {num} rows, at most some {budget} tokens a microbatch", "410m", tokens_of(args),
-            took, flop=3 * flops(model, args, int(args[3].sum())),
+            run, f"log-probs with gradient, 410m, {num} rows, {budget} tokens a microbatch or fewer", "410m",
+            tokens_of(args), took, flop=3 * flops(model, args, int(args[3].sum())),
             theirs={"transformers, full logits, sorted": row["hf_sorted_tok_s"]},
             row=cell | {k: row[k] for k in ("gradient_distance", "error_std", "hf_sorted_peak_gb")},
             peak_gb=cell["peak_gb"] if run.frame.cuda else None, ours=ours,

@@ -73,8 +73,6 @@ class RewardModel(RewardTerm):
         self.bind(torch.device(device), tokenizer)
         if not self._models:
             self._models = [load_reward_model(source, torch.device(device)) for source in self.sources]
-            for model in self._models:
-                scoring.prepare(model)
 
     def score(self, td: TensorDictBase, plan: Plan | None = None) -> Tensor:
         """Score each response with the reward model.
@@ -164,7 +162,6 @@ class KLPenalty(RewardTerm):
         self.bind(torch.device(device), tokenizer)
         if self._model is None:
             self._model = load_causal_lm(self.source, torch.device(device))
-            scoring.prepare(self._model)
 
     def log_probs(self, td: TensorDictBase, plan: Plan | None = None) -> Tensor:
         """The reference's log-probs of the sampled response ids, at the sampling temperature.
