@@ -10,7 +10,7 @@ from torchbandit import demo
 
 DEMO_SETTINGS: dict[str, Any] = dict(
     steps=60, num_prompts=64, group_size=2, max_new_tokens=32, epochs=2, minibatches=2, lr=2.5e-4, warmup_steps=5,
-    kl_coef=0.1, value_coef=0.1, value_clip=0.0, ptx_coef=1.0, ptx_batch_size=32, ptx_length=128,
+    kl_coef=0.1, value_coef=0.1, value_clip=0.0, max_grad_norm=0.5, ptx_coef=1.0, ptx_batch_size=32, ptx_length=128,
 )  # fmt: skip
 """Found on the demo's 0.4 million parameters; a real model wants a far smaller learning rate."""
 
