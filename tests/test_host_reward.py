@@ -240,8 +240,11 @@ def test_another_terms_error_cancels_the_job(close):
 
 
 HANGING = """
+    import signal
     import sys
     import torch
+    # A shell's background job starts with Ctrl-C ignored, and a child inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import host_functions as fns
     from test_host_reward import TOKENIZER, batch, workers
     from torchbandit.rewards import HostReward, RewardPipeline
