@@ -313,7 +313,9 @@ def step_row(run: Run) -> dict[str, Any]:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from torchbandit import BanditEnv, KLPenalty, PromptSet, RewardModel
+    from torchbandit.env import BanditEnv
+    from torchbandit.prompts import PromptSet
+    from torchbandit.rewards import KLPenalty, RewardModel
 
     args = ragged(run, run.rows(512))
     rm = build(run, "1b", LlamaForSequenceClassification, compile=not run.tiny)

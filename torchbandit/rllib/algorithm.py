@@ -111,9 +111,7 @@ class BanditPPO(PPO):
         learned = time.perf_counter()
         if not self._local:
             with self.metrics.log_time((names.TIMERS, names.SYNCH_WORKER_WEIGHTS_TIMER)):
-                self.env_runner_group.sync_weights(
-                    from_worker_or_learner_group=self.learner_group, inference_only=True
-                )
+                self.env_runner_group.sync_weights(from_worker_or_learner_group=self.learner_group, inference_only=True)
         # RLlib's timers are moving averages; these are of this iteration.
         self.metrics.log_value(("time", "learn_s"), learned - started, window=1)
         self.metrics.log_value(("time", "sync_s"), time.perf_counter() - learned, window=1)
