@@ -10,14 +10,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ray
 import torch
 from accelerate import Accelerator
 from ray.rllib.core import DEFAULT_MODULE_ID
-from tqdm import tqdm
 
 from torchbandit.env import BanditEnv
 from torchbandit.models import ModelSpec
@@ -53,7 +51,7 @@ def train(options: TrainOptions) -> Path:
     if options.algo != "ppo":
         raise ValueError(f"algo: the rllib engine trains ppo alone, got {options.algo}; use --engine local for it")
     out, device = Path(options.out), build.pick_device(options)
-    local._claim(out, options)
+    local.claim(out, options)
     with _cluster(options):
         algo = to_config(options, device).build_algo()
         env_fn = EnvOfOptions(options)
@@ -82,7 +80,6 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditPPOConfig:
     def spec(path: str) -> ModelSpec:
         return ModelSpec(path, dtype=options.dtype, compile=options.compile)
 
-    length = min(options.ptx_length, build._context(options.policy, build.build_tokenizer(options)))
     config = BanditPPOConfig()
     config.bandit(env_fn=EnvOfOptions(options), sampling=build.build_sampling(options))
     config.env_runners(
@@ -114,7 +111,7 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditPPOConfig:
         ptx_coef=options.ptx_coef,
         ptx_data=options.ptx_data if options.ptx_coef else None,
         ptx_batch_size=options.ptx_batch_size,
-        ptx_length=length,
+        ptx_length=build.ptx_length(options, build.build_tokenizer(options)),
     )
     config.debugging(seed=options.seed)
     return config
@@ -154,21 +151,15 @@ def _run(algo: BanditPPO, options: TrainOptions, out: Path, env_fn: EnvOfOptions
     if options.resume:
         done = _resume(algo, options, out / "checkpoint")
     policy, env = _driver_policy(algo, options, device), env_fn(0, 1, device)
-    judge = local._Judge(options, SimpleNamespace(policy=policy, env=env))  # type: ignore[arg-type]
+    judge = local.Judge(options, policy, env)
     accelerator = Accelerator(cpu=True, log_with=list(options.log_with) or None, project_dir=str(out))
     if options.log_with:
-        accelerator.init_trackers(options.name or "torchbandit", config=local._plain(asdict(options)))
+        accelerator.init_trackers(options.name or "torchbandit", config=local.plain(asdict(options)))
     try:
         before = judge.before(out / "evaluation.json")
         _loop(algo, options, out, done, accelerator)
         _fill(policy, algo)
-        after = judge()
-        policy.save_pretrained(out / "policy")
-        report.write_evaluation(out / "evaluation.json", before, after)
-        report.write_samples(out / "samples.md", before, after)
-        report.write_curve(out / "metrics.jsonl", out / "curve.png")
-        tqdm.write(report.summary(before, after))
-        tqdm.write(f"\n{out}: metrics.jsonl curve.png samples.md evaluation.json policy/ checkpoint/")
+        judge.finish(out, before)
     finally:
         env.close()
         if options.log_with:
@@ -177,7 +168,7 @@ def _run(algo: BanditPPO, options: TrainOptions, out: Path, env_fn: EnvOfOptions
 
 
 def _loop(algo: BanditPPO, options: TrainOptions, out: Path, done: int, accelerator: Accelerator) -> None:
-    with local._stop_signals() as stopped, report.Reporter(out, steps=options.steps, done=done) as reporter:
+    with local.stop_signals() as stopped, report.Reporter(out, steps=options.steps, done=done) as reporter:
         while done < options.steps:
             started = time.perf_counter()
             try:

@@ -137,9 +137,14 @@ def build_corpus(
     """Pretraining rows of a file, or None without one."""
     if path is None:
         return None
-    assert options.policy is not None
-    length = min(options.ptx_length, _context(options.policy, tokenizer))
+    length = ptx_length(options, tokenizer)
     return Corpus.from_file(path, tokenizer, max_length=length, seed=options.seed, device=device)
+
+
+def ptx_length(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens a pretraining row: `options.ptx_length`, or the policy's context where that is shorter."""
+    assert options.policy is not None
+    return min(options.ptx_length, _context(options.policy, tokenizer))
 
 
 def build_tokenizer(options: TrainOptions) -> PreTrainedTokenizerBase:

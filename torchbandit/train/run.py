@@ -12,6 +12,8 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from torchbandit.env import BanditEnv
+from torchbandit.policy import CausalLMPolicy
 from torchbandit.train import build, checkpoint, report
 from torchbandit.train.evaluate import Evaluation, evaluate
 from torchbandit.train.loop import BanditTrainer
@@ -37,7 +39,7 @@ def train(options: TrainOptions) -> Path:
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(options.log_with) or None, project_dir=str(out))
     main = accelerator.is_main_process
     if main:
-        _claim(out, options)
+        claim(out, options)
     tokenizer = build.build_tokenizer(options)
     env = build.build_env(options, tokenizer, device)
     trainer = BanditTrainer(
@@ -54,21 +56,15 @@ def train(options: TrainOptions) -> Path:
             raise ValueError(
                 f"steps: the run at {out} has done its {trainer.steps_done} steps; ask for more with --steps"
             )
-    judge = _Judge(options, trainer) if main else None
+    judge = Judge(options, trainer.policy, env) if main else None
     if options.log_with:
-        accelerator.init_trackers(options.name or "torchbandit", config=_plain(asdict(options)))
+        accelerator.init_trackers(options.name or "torchbandit", config=plain(asdict(options)))
     try:
         before = judge.before(out / "evaluation.json") if judge else None
         _loop(trainer, options, out)
         accelerator.wait_for_everyone()
         if judge is not None and before is not None:
-            after = judge()
-            trainer.policy.save_pretrained(out / "policy")
-            report.write_evaluation(out / "evaluation.json", before, after)
-            report.write_samples(out / "samples.md", before, after)
-            report.write_curve(out / "metrics.jsonl", out / "curve.png")
-            tqdm.write(report.summary(before, after))
-            tqdm.write(f"\n{out}: metrics.jsonl curve.png samples.md evaluation.json policy/ checkpoint/")
+            judge.finish(out, before)
     finally:
         env.close()
         if options.log_with:
@@ -76,11 +72,10 @@ def train(options: TrainOptions) -> Path:
     return out
 
 
-class _Judge:
-    """Evaluates on held-out prompts, or on the first training prompts where none were given."""
+class Judge:
+    """Evaluates a policy on held-out prompts, or on the first training prompts where none were given."""
 
-    def __init__(self, options: TrainOptions, trainer: BanditTrainer) -> None:
-        policy, env = trainer.policy, trainer.env
+    def __init__(self, options: TrainOptions, policy: CausalLMPolicy, env: BanditEnv) -> None:
         self._options, self._policy = options, policy
         self._env = build.build_env(
             options, policy.tokenizer, env.device, terms=env.rewards.terms,
@@ -101,6 +96,16 @@ class _Judge:
             report.write_evaluation(path, found, None)
         return found
 
+    def finish(self, out: Path, before: Evaluation) -> None:
+        """Evaluate again, leave everything in the run's folder, and say how it went."""
+        after = self()
+        self._policy.save_pretrained(out / "policy")
+        report.write_evaluation(out / "evaluation.json", before, after)
+        report.write_samples(out / "samples.md", before, after)
+        report.write_curve(out / "metrics.jsonl", out / "curve.png")
+        tqdm.write(report.summary(before, after))
+        tqdm.write(f"\n{out}: metrics.jsonl curve.png samples.md evaluation.json policy/ checkpoint/")
+
 
 def _loop(trainer: BanditTrainer, options: TrainOptions, out: Path) -> None:
     accelerator = trainer.accelerator
@@ -115,7 +120,7 @@ def _loop(trainer: BanditTrainer, options: TrainOptions, out: Path) -> None:
             checkpoint.save(out / "checkpoint", trainer.policy, state, asdict(options))
         accelerator.wait_for_everyone()
 
-    with _stop_signals() as stopped, contextlib.ExitStack() as stack:
+    with stop_signals() as stopped, contextlib.ExitStack() as stack:
         reporter = stack.enter_context(
             report.Reporter(out, steps=options.steps, done=trainer.steps_done)
         ) if main else None  # fmt: skip
@@ -145,7 +150,7 @@ def _loop(trainer: BanditTrainer, options: TrainOptions, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Collects the first SIGINT or SIGTERM so that the step can end; a second one interrupts at once."""
     seen: list[int] = []
 
@@ -166,7 +171,7 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _claim(out: Path, options: TrainOptions) -> None:
+def claim(out: Path, options: TrainOptions) -> None:
     """Make the folder; a run that is there already is not overwritten."""
     if not options.resume and (out / "checkpoint").exists():
         raise ValueError(f"out: {out} holds a run already; go on with --resume, or name another folder with --out")
@@ -176,6 +181,6 @@ def _claim(out: Path, options: TrainOptions) -> None:
         raise ValueError(f"out: {out} cannot be made ({error.strerror}); name another folder") from error
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def plain(config: dict[str, Any]) -> dict[str, Any]:
     """Trackers take numbers and strings."""
     return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()}
