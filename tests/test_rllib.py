@@ -23,6 +23,7 @@ from rllib_toy import NUM_PROMPTS, T, ToyEnv, make_models, reward, toy_config  #
 from torchbandit.generation import Sampling  # noqa: E402
 from torchbandit.rllib import BanditPPO, BanditPPOConfig, CausalLMModule, PPOPtxLearner  # noqa: E402
 from torchbandit.rllib.wire import pack, unpack  # noqa: E402
+from torchbandit.testing.host_copy import count_host_copies  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +243,26 @@ def test_microbatches_change_nothing(paths: dict[str, str]) -> None:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5)
     for name in ("loss/policy", "loss/value", "loss/ptx", "grad_norm"):
         assert told_one[name] == pytest.approx(told_two[name], rel=1e-3, abs=1e-5), name
+
+
+def test_microbatches_are_laid_out_with_one_copy_to_the_host(paths: dict[str, str]) -> None:
+    config = toy_config(
+        paths["policy"], micro_batch_size=5, minibatch_size=16, ptx_coef=0.3, ptx_data=paths["corpus.txt"]
+    )
+    algo = config.rl_module(packing="auto").build_algo()
+    learner = algo.learner_group._learner
+    original, made = learner._uncompiled_update, []
+
+    def watched(batch: Any, **kwargs: Any) -> Any:
+        with count_host_copies() as copies:
+            out = original(batch, **kwargs)
+        made.append(list(copies))
+        return out
+
+    learner._possibly_compiled_update = watched
+    algo.train()
+    algo.stop()
+    assert made and all(copies == ["Tensor.tolist()"] for copies in made)
 
 
 def test_minibatches_cover_each_row_once(paths: dict[str, str]) -> None:

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from torchbandit.responses import stop_mask
 from torchbandit.scoring import (
     Plan,
+    Rows,
     corpus_loss,
     heads,
     log_probs,
     make_plan,
+    make_plans,
     sequence_scores,
     token_scores,
     token_values,
 )
+from torchbandit.testing.host_copy import count_host_copies, no_host_copy
 
 torch.set_num_threads(1)
 TOL = {"atol": 2e-5, "rtol": 1e-4}
@@ -148,6 +151,50 @@ def test_bad_tensors_are_named() -> None:
         log_probs(tiny_reward_model(), *args)
     with pytest.raises(ValueError, match="packing"):
         make_plan(args[1], args[3], packing="yes")
+
+
+def test_plans_of_several_batches_cost_one_copy_and_are_those_of_each() -> None:
+    batches = [fake_batch(3, 2, seed=1), fake_batch(1, 4, 5, 3, seed=2), fake_batch()[:0], fake_batch(2, 2, seed=3)]
+    batches[3]["group_id"][1] = 9  # no sibling
+    rows = [
+        Rows(*(naive.tensors(td)[i] for i in (1, 3)), g, td["group_id"])
+        for td, g in zip(batches, (2, 4, 1, 2), strict=True)
+    ]
+    with count_host_copies() as copies:
+        plans = make_plans(rows, share_prompts=True)
+    assert copies == ["Tensor.tolist()"]
+    assert [plan.share_prompts for plan in plans] == [True, True, False, False]
+    model = tiny_lm()
+    for td, plan in zip(batches, plans, strict=True):
+        args = naive.tensors(td)
+        want = make_plan(args[1], args[3], group_size=plan.group_size, share_prompts=True)
+        assert (plan.table.prompts, plan.table.replies) == (want.table.prompts, want.table.replies)
+        want_logps = naive.log_probs(model, args)[0] if len(td) else torch.zeros(0, 7)
+        torch.testing.assert_close(log_probs(model, *args, plan=plan), want_logps, **TOL)
+    with no_host_copy():
+        assert len(make_plans(rows, packing=False)) == 4
+
+
+def test_no_rows_have_no_scores() -> None:
+    args = naive.tensors(fake_batch()[:0])
+    for packing in (True, False):
+        plan = make_plan(args[1], args[3], packing=packing)
+        assert sequence_scores(tiny_reward_model(), *args, plan=plan).shape == (0,)
+        assert token_values(tiny_reward_model(), *args, plan=plan).shape == (0, 7)
+
+
+def test_rows_that_a_plan_was_not_made_of_get_nan() -> None:
+    """A stale plan fits in shape; it would read other tokens."""
+    args, rm = naive.tensors(fake_batch(seed=1)), tiny_reward_model()
+    other = args[3].clone()
+    longer = other[0].long().sum() % other.shape[1] + 1
+    other[0] = torch.arange(other.shape[1]) < longer
+    for kind in LAYOUTS:
+        stale = layout(kind, (args[0], args[1], args[2], other))
+        got, scores = log_probs(tiny_lm(), *args, plan=stale), sequence_scores(rm, *args, plan=stale)
+        assert got[0][args[3][0]].isnan().all() and scores[0].isnan(), kind
+        torch.testing.assert_close(got[1:], naive.log_probs(tiny_lm(), args)[0][1:], **TOL)
+        torch.testing.assert_close(scores[1:], naive.scores(rm, args)[1:], equal_nan=True, **TOL)
 
 
 def test_a_token_that_nothing_precedes_has_no_log_prob() -> None:

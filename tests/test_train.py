@@ -19,6 +19,7 @@ from torchbandit.env import BanditEnv
 from torchbandit.generation import Sampling
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.prompts import PromptSet
+from torchbandit.testing.host_copy import count_host_copies
 from torchbandit.train import checkpoint
 from torchbandit.train.loop import BanditTrainer, RunStopped, schedule_factor
 from torchbandit.train.options import LoopOptions, TrainOptions
@@ -74,6 +75,23 @@ def test_microbatches_add_up(algo):
     # Adam's first step is lr * sign(gradient): compare where the gradient is not rounding noise.
     for other in weights[1:]:
         assert ((weights[0] - other).abs() > 1e-4).float().mean() < 0.01
+
+
+def test_all_microbatches_of_an_update_are_laid_out_with_one_copy_to_the_host(monkeypatch):
+    """Lengths of prompts, responses and pretraining rows, for every microbatch and model at once."""
+    corpus = Corpus.from_texts([f"document {i}" for i in range(20)], byte_tokenizer())
+    trainer = make_trainer("ppo", micro_batch_size=12, ptx_coef=0.3, corpus=corpus)
+    made, update = [], trainer.update
+
+    def watched(minibatch):
+        with count_host_copies() as copies:
+            out = update(minibatch)
+        made.append((list(copies), -(-len(minibatch) // 12)))
+        return out
+
+    monkeypatch.setattr(trainer, "update", watched)
+    trainer.step()
+    assert made == [(["Tensor.tolist()"], 6)]
 
 
 @pytest.mark.parametrize("algo", ["ppo", "rloo"])
@@ -145,8 +163,8 @@ def test_truncated_sampling_is_refused_in_training():
 
 def test_a_part_can_be_changed_by_subclassing():
     class Doubled(BanditTrainer):
-        def loss(self, td, ptx, denominators, group_size):
-            loss, metrics = super().loss(td, ptx, denominators, group_size)
+        def loss(self, td, ptx, denominators, plans):
+            loss, metrics = super().loss(td, ptx, denominators, plans)
             return 2 * loss, metrics | {"loss/doubled": 2 * loss.detach()}
 
     assert "loss/doubled" in make_trainer(kind=Doubled).step()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import safetensors.torch
 import torch
@@ -25,6 +26,13 @@ from torchbandit.models import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Plans(NamedTuple):
+    """How `CausalLMPolicy.forward` lays out its rows, and those of its pretraining batch."""
+
+    rows: scoring.Plan
+    ptx: scoring.Plan | None = None
 
 
 class CausalLMPolicy(nn.Module):
@@ -141,13 +149,11 @@ class CausalLMPolicy(nn.Module):
         Raises:
             ValueError: the policy was built without a critic.
         """
-        if self.critic is not None:
-            return scoring.token_values(self.critic, *_rows(td), group_size=group_size, plan=self._plan(td, group_size))
-        if self.value_head is None:
+        if not self.has_critic:
             raise ValueError('values: this policy has no critic; build it with critic="head" or critic=<model>')
-        return scoring.token_values(
-            self.lm, *_rows(td), group_size=group_size, plan=self._plan(td, group_size), value_head=self.value_head
-        )
+        plan = self.plans([td], group_size=group_size)[0].rows
+        model, head = (self.lm, self.value_head) if self.critic is None else (self.critic, None)
+        return scoring.token_values(model, *_rows(td), plan=plan, value_head=head)
 
     def forward(
         self,
@@ -157,6 +163,7 @@ class CausalLMPolicy(nn.Module):
         ptx_mask: Tensor | None = None,
         entropy: bool = False,
         group_size: int = 1,
+        plans: Plans | None = None,
     ) -> TensorDict:
         """Everything a loss needs, from one forward pass, with gradient.
 
@@ -165,18 +172,18 @@ class CausalLMPolicy(nn.Module):
             ptx_ids, ptx_mask: [M, L] int64 and bool, a pretraining batch (InstructGPT's ptx).
             entropy: also compute the entropy of each token's distribution.
             group_size: contiguous siblings of a prompt in td.
+            plans: of these rows, from `plans`; made here if absent, with a small copy to the host.
         Returns:
             batch_size []: log_probs [B, T] float32 (0 outside the mask), entropy [B, T] on request, values [B, T]
             with a critic, and with ptx_ids ptx_loss (mean token cross-entropy) and ptx_tokens, scalars.
         """
-        plan = self._plan(td, group_size)
+        plans = self.plans([td], [ptx_mask], group_size=group_size)[0] if plans is None else plans
         temperature = td.get(batch.TEMPERATURE, None)
         scores = scoring.token_scores(
             self.lm,
             *_rows(td),
             temperature=1.0 if temperature is None else temperature,
-            group_size=group_size,
-            plan=plan,
+            plan=plans.rows,
             entropy=entropy,
             value_head=self.value_head,
         )
@@ -186,17 +193,44 @@ class CausalLMPolicy(nn.Module):
         if scores.values is not None:
             out["values"] = scores.values
         elif self.critic is not None:
-            out["values"] = scoring.token_values(self.critic, *_rows(td), group_size=group_size, plan=plan)
+            out["values"] = scoring.token_values(self.critic, *_rows(td), plan=plans.rows)
         if ptx_ids is not None:
             if ptx_mask is None:
                 raise ValueError("ptx_mask: must be bool [M, L] beside ptx_ids, got None")
-            total, count = self.corpus_loss(ptx_ids, ptx_mask)
+            total, count = self.corpus_loss(ptx_ids, ptx_mask, plans.ptx)
             out["ptx_loss"], out["ptx_tokens"] = total / count.clamp(min=1), count
         return out
 
-    def corpus_loss(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def plans(
+        self,
+        pieces: Sequence[TensorDictBase],
+        ptx_masks: Sequence[Tensor | None] | None = None,
+        *,
+        group_size: int | Sequence[int] = 1,
+    ) -> list[Plans]:
+        """How `forward` will lay out each of several microbatches, with one small copy to the host for all of them.
+
+        Args:
+            pieces: each reads the masks of prompt and response; ptx_masks: [M, L] bool or None, one a piece.
+            group_size: contiguous siblings of a prompt, in all pieces or in each.
+        """
+        sizes = [group_size] * len(pieces) if isinstance(group_size, int) else group_size
+        rows = [
+            scoring.Rows(td[batch.PROMPT_MASK], td[batch.RESPONSE_MASK], size, td.get(batch.GROUP_ID, None))
+            for td, size in zip(pieces, sizes, strict=True)
+        ]
+        masks = [None] * len(pieces) if ptx_masks is None else ptx_masks
+        texts = [scoring.corpus_rows(mask) for mask in masks if mask is not None]
+        made = scoring.make_plans([*rows, *texts], packing=self.packing)
+        ptx = iter(made[len(rows) :])
+        return [
+            Plans(plan, None if mask is None else next(ptx))
+            for plan, mask in zip(made[: len(rows)], masks, strict=True)
+        ]
+
+    def corpus_loss(self, ids: Tensor, mask: Tensor, plan: scoring.Plan | None = None) -> tuple[Tensor, Tensor]:
         """Summed token cross-entropy of text [M, L] under the policy, and the number of tokens; with gradient."""
-        return scoring.corpus_loss(self.lm, ids, mask)
+        return scoring.corpus_loss(self.lm, ids, mask, plan=plan)
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
@@ -205,15 +239,6 @@ class CausalLMPolicy(nn.Module):
                 model.gradient_checkpointing_enable({"use_reentrant": False})
                 # transformers recomputes in train mode only; every dropout is at 0, so nothing else changes.
                 model.train()
-
-    def _plan(self, td: TensorDictBase, group_size: int) -> scoring.Plan:
-        return scoring.make_plan(
-            td[batch.PROMPT_MASK],
-            td[batch.RESPONSE_MASK],
-            group_size=group_size,
-            group_id=td.get(batch.GROUP_ID, None),
-            packing=self.packing,
-        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a folder that `AutoModelForCausalLM.from_pretrained` opens, tokenizer included.

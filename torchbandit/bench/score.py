@@ -36,7 +36,7 @@ from torchbandit.bench.score_work import (
     ragged,
     tokens_of,
 )
-from torchbandit.scoring import log_probs, make_plan, sequence_scores
+from torchbandit.scoring import Rows, log_probs, make_plan, make_plans, sequence_scores
 
 ROWS = ("rm", "rm7b", "ref", "grad", "groups", "step", "flat")
 
@@ -210,7 +210,7 @@ def grad_row(run: Run) -> dict[str, Any]:
         def ours(micro: list[tuple[Tensor, Args]] = micro, budget: int = budget) -> Tensor:
             model.zero_grad()
             out = torch.empty(num, device=run.device)
-            plans = [make_plan(part[1], part[3], token_budget=2 * budget) for _, part in micro]
+            plans = make_plans([Rows(part[1], part[3]) for _, part in micro], token_budget=2 * budget)
             for (rows, part), plan in zip(micro, plans, strict=True):
                 total = log_probs(model, *part, plan=plan).sum(1)
                 total.sum().backward()

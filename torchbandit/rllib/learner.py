@@ -194,6 +194,9 @@ class PPOPtxLearner(PPOTorchLearner):
                 if "ptx_ids" in piece and len(piece["ptx_ids"]) == 0:
                     del piece["ptx_ids"], piece["ptx_mask"]
                 pieces.append({module_id: piece})
+            own = [piece[module_id] for piece in pieces if module_id in piece]
+            for piece, plans in zip(own, self._module_of(module_id).plans(own), strict=True):
+                piece["plans"] = plans
         return pieces
 
     def compute_loss_for_module(

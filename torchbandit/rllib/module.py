@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
@@ -17,7 +17,7 @@ from torchbandit.models import (
     empty_reward_model,
     load_tokenizer,
 )
-from torchbandit.policy import CausalLMPolicy
+from torchbandit.policy import CausalLMPolicy, Plans
 from torchbandit.rllib.wire import pack, unflatten, unpack
 
 
@@ -64,16 +64,24 @@ class CausalLMModule(TorchRLModule):
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """All that a loss needs, ptx among it, from one forward pass, so that DDP averages every gradient."""
-        wanted = ("tokens/prompt", "masks/prompt", "tokens/response", "masks/response", "temperature")
-        td = unflatten({key: batch[key] for key in wanted if key in batch})
         out = self.policy(
-            td,
+            _rows(batch),
             ptx_ids=batch.get("ptx_ids"),
             ptx_mask=batch.get("ptx_mask"),
             entropy=self.model_config["entropy"],
             group_size=batch.get("group_size", 1),
+            plans=batch.get("plans"),
         )
         return dict(out.items())  # DDP looks for tensors in dicts, not in a TensorDict
+
+    def plans(self, pieces: Sequence[dict[str, Any]]) -> list[Plans]:
+        """How `forward_train` lays out each of several microbatches: one copy to the host, where each would need its
+        own."""
+        return self.policy.plans(
+            [_rows(piece) for piece in pieces],
+            [piece.get("ptx_mask") for piece in pieces],
+            group_size=[piece.get("group_size", 1) for piece in pieces],
+        )
 
     def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         return {"td": self.generate(batch["td"])}
@@ -121,6 +129,12 @@ class CausalLMModule(TorchRLModule):
                 kept[name] = tensor
             seen.add(identity)
         return kept
+
+
+def _rows(batch: dict[str, Any]) -> TensorDict:
+    """What the policy's forward reads of a flat batch."""
+    wanted = ("tokens/prompt", "masks/prompt", "tokens/response", "masks/response", "temperature")
+    return unflatten({key: batch[key] for key in wanted if key in batch})
 
 
 def _build(given: dict[str, Any]) -> CausalLMPolicy:

@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchbandit.scoring.forward import hidden_states, own_scores
-from torchbandit.scoring.plan import Packing, Plan, make_plan
+from torchbandit.scoring.plan import Packing, Plan, Rows, make_plan, make_plans
 from torchbandit.scoring.routes import route_of
 
 __all__ = [
     "Packing",
     "Plan",
+    "Rows",
     "TokenScores",
     "corpus_loss",
+    "corpus_rows",
     "log_probs",
     "make_plan",
+    "make_plans",
     "prepare",
     "sequence_scores",
     "token_scores",
@@ -65,8 +68,8 @@ def log_probs(
         group_size: siblings of one prompt, contiguous; they may share its computation.
         plan: the step's layout, from `make_plan`; made here if absent.
     Returns:
-        [B, T] float32 on the model's device; 0 outside the mask, NaN for a token that nothing precedes and for rows
-        of a group whose prompts turn out to differ.
+        [B, T] float32 on the model's device; 0 outside the mask, NaN for a token that nothing precedes, for rows of
+        a group whose prompts turn out to differ, and for rows that the plan was not made of.
     Raises:
         ValueError: tensors do not fit together.
     """
@@ -179,23 +182,32 @@ def sequence_scores(
         rows.append(row)
         scores.append(score)
     table = torch.full((plan.num_rows,), torch.nan, device=ids.device)
-    table = table.index_copy(0, torch.cat(rows), torch.cat(scores))
+    if rows:
+        table = table.index_copy(0, torch.cat(rows), torch.cat(scores))
     scorable = plan.response_mask.any(1) if honest is None else plan.response_mask.any(1) & honest
     return table.masked_fill(~scorable, torch.nan)
 
 
-def corpus_loss(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def corpus_loss(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, *, plan: Plan | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of a corpus batch, each real token predicted from the real ones before it in its row.
 
     Args:
         ids: [M, L] int64; mask: [M, L] bool.
+        plan: made of `corpus_rows(mask)`; made here if absent.
     Returns:
         (summed cross-entropy in nats, float32 scalar with gradient; number of predicted tokens, float32 scalar).
     """
-    first = mask & (mask.cumsum(1) == 1)
-    scored = mask & ~first
-    logps = log_probs(model, ids, first, ids, scored)
+    first, scored = corpus_rows(mask)[:2] if plan is None else (plan.prompt_mask, plan.response_mask)
+    logps = log_probs(model, ids, first, ids, scored, plan=plan)
     return -torch.where(scored, logps, logps.new_zeros(())).sum(), scored.sum().float()
+
+
+def corpus_rows(mask: Tensor) -> Rows:
+    """What a plan for `corpus_loss` is made of: each row's first real token is its prompt."""
+    first = mask & (mask.cumsum(1) == 1)
+    return Rows(first, mask & ~first)
 
 
 class _Slots:
@@ -275,7 +287,7 @@ def _checked(
     group_size: int,
     plan: Plan | None,
 ) -> tuple[Tensor, Plan, Tensor | None]:
-    """([B, S] ids, 0 outside the masks; the plan; [B] bool, False where a group's prompts differ)."""
+    """([B, S] ids, 0 outside the masks; the plan; [B] bool, False where a row is not what the plan takes it for)."""
     for name, ids, mask in (("prompt", prompt_ids, prompt_mask), ("response", response_ids, response_mask)):
         if ids.dtype != torch.int64 or mask.dtype != torch.bool or ids.shape != mask.shape or ids.device != mask.device:
             raise ValueError(
@@ -289,13 +301,19 @@ def _checked(
             f"plan: must be of these masks, {list(prompt_mask.shape)} and {list(response_mask.shape)}, got one of "
             f"{list(plan.prompt_mask.shape)} and {list(plan.response_mask.shape)}; make it once a step with make_plan"
         )
+    # A plan of other masks would read other tokens: such rows get NaN, without a sync.
+    same: Tensor | None = None
+    for ours, planned in ((prompt_mask, plan.prompt_mask), (response_mask, plan.response_mask)):
+        if ours is not planned:
+            equal = (ours == planned).all(1)
+            same = equal if same is None else same & equal
     ids, mask = torch.cat((prompt_ids, response_ids), 1), torch.cat((prompt_mask, response_mask), 1)
     ids = ids.masked_fill(~mask, 0)
     if not plan.share_prompts:
-        return ids, plan, None
+        return ids, plan, same
     # Rows that say they share a prompt and do not: their scores would be those of another prompt. No sync: NaN.
     P, G = prompt_mask.shape[1], plan.group_size
     prompts = ids.gather(1, plan.table.columns[:, :P])
     prompts = prompts.where(torch.arange(P, device=ids.device) < plan.table.prompt[:, None], 0).view(-1, G, P)
-    same = (prompts == prompts[:, :1]).all(2).all(1)
-    return ids, plan, same.repeat_interleave(G)
+    siblings = (prompts == prompts[:, :1]).all(2).all(1).repeat_interleave(G, output_size=plan.num_rows)
+    return ids, plan, siblings if same is None else siblings & same

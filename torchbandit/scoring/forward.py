@@ -58,6 +58,8 @@ def hidden_states(
 
 
 def _packs(plan: Plan, route: Route) -> Iterable[Pack]:
+    if not plan.num_rows:
+        return ()
     if not (plan.packing and route.packs):
         return plan.padded()
     # Behind a window, how far back a shared prompt lies differs from response to response: no sharing there.
@@ -68,7 +70,7 @@ def _packs(plan: Plan, route: Route) -> Iterable[Pack]:
 def own_scores(model: PreTrainedModel, ids: Tensor, plan: Plan) -> Iterator[tuple[Pack, Tensor]]:
     """Scores of a classifier that pools by itself (an encoder): right-padded, with its own mask; [R] float32."""
     flat = ids.flatten()
-    for pack in plan.padded():
+    for pack in plan.padded() if plan.num_rows else ():
         real = pack.positions < (plan.table.prompt + plan.table.reply)[pack.rows][:, None]
         out = model(input_ids=flat[pack.source], attention_mask=real.long())
         yield pack, out.logits[:, 0].float()

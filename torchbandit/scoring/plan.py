@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +90,15 @@ class _Kept:
             at += 1
 
 
+class Rows(NamedTuple):
+    """What a plan is made of: prompt_mask [B, P] and response_mask [B, T] bool; the rest as in `make_plan`."""
+
+    prompt_mask: Tensor
+    response_mask: Tensor
+    group_size: int = 1
+    group_id: Tensor | None = None
+
+
 def make_plan(
     prompt_mask: Tensor,
     response_mask: Tensor,
@@ -111,29 +121,68 @@ def make_plan(
     Raises:
         ValueError: masks are not bool matrices of one batch, or the group size does not divide it.
     """
-    for name, mask in (("prompt_mask", prompt_mask), ("response_mask", response_mask)):
-        if mask.dtype != torch.bool or mask.dim() != 2:
-            raise ValueError(f"{name}: must be bool [B, *], got {mask.dtype} {list(mask.shape)}")
-    B = prompt_mask.shape[0]
-    if response_mask.shape[0] != B or response_mask.device != prompt_mask.device:
-        raise ValueError(
-            f"response_mask: must be bool [{B}, T] on {prompt_mask.device} like prompt_mask, got "
-            f"{list(response_mask.shape)} on {response_mask.device}"
-        )
-    if group_size < 1 or B % group_size:
-        raise ValueError(f"group_size: must be a positive divisor of the batch of {B} rows, got {group_size}")
+    rows = Rows(prompt_mask, response_mask, group_size, group_id)
+    return make_plans([rows], packing=packing, token_budget=token_budget, share_prompts=share_prompts)[0]
+
+
+def make_plans(
+    batches: Sequence[Rows],
+    *,
+    packing: Packing = "auto",
+    token_budget: int | None = None,
+    share_prompts: bool | Literal["auto"] = "auto",
+) -> list[Plan]:
+    """`make_plan` for several batches, with one copy to the host for all: the microbatches of an update."""
     if packing not in (True, False, "auto"):
         raise ValueError(f'packing: must be True, False or "auto", got {packing!r}')
+    for rows in batches:
+        _check(rows)
+    told = _lengths(batches) if packing else [None] * len(batches)
+    return [_plan(rows, lengths, token_budget, share_prompts) for rows, lengths in zip(batches, told, strict=True)]
+
+
+def _check(rows: Rows) -> None:
+    for name, mask in (("prompt_mask", rows.prompt_mask), ("response_mask", rows.response_mask)):
+        if mask.dtype != torch.bool or mask.dim() != 2:
+            raise ValueError(f"{name}: must be bool [B, *], got {mask.dtype} {list(mask.shape)}")
+    B, device = rows.prompt_mask.shape[0], rows.prompt_mask.device
+    if rows.response_mask.shape[0] != B or rows.response_mask.device != device:
+        raise ValueError(
+            f"response_mask: must be bool [{B}, T] on {device} like prompt_mask, got "
+            f"{list(rows.response_mask.shape)} on {rows.response_mask.device}"
+        )
+    if rows.group_size < 1 or B % rows.group_size:
+        raise ValueError(f"group_size: must be a positive divisor of the batch of {B} rows, got {rows.group_size}")
+
+
+def _lengths(batches: Sequence[Rows]) -> list[list[list[int]] | None]:
+    """Of each batch real prompt tokens, real response tokens and, where group ids are given, who is no sibling of its
+    group's first; in one copy."""
+    counts: list[Tensor] = []
+    for rows in batches:
+        counts += [rows.prompt_mask.sum(1), rows.response_mask.sum(1)]
+        if rows.group_id is not None and rows.group_size > 1:
+            first = rows.group_id[:: rows.group_size]
+            first = first.repeat_interleave(rows.group_size, output_size=len(rows.group_id))
+            counts.append((rows.group_id != first).long())
+    numbers = iter(torch.cat(counts).tolist() if counts else [])
+    told: list[list[list[int]] | None] = []
+    for rows in batches:
+        columns = 3 if rows.group_id is not None and rows.group_size > 1 else 2
+        told.append([list(itertools.islice(numbers, rows.prompt_mask.shape[0])) for _ in range(columns)])
+    return told
+
+
+def _plan(
+    rows: Rows, lengths: list[list[int]] | None, token_budget: int | None, share_prompts: bool | Literal["auto"]
+) -> Plan:
+    prompt_mask, response_mask, group_size, _ = rows
     if token_budget is None:
         token_budget = 49152 if prompt_mask.is_cuda else 4096
-    prompt, reply = prompt_mask.sum(1), response_mask.sum(1)
     prompts: list[int] | None = None
     replies: list[int] | None = None
-    if packing:
-        counts = [prompt, reply]
-        if group_id is not None and group_size > 1:
-            counts.append((group_id != group_id[::group_size].repeat_interleave(group_size, output_size=B)).long())
-        prompts, replies, *strangers = torch.stack(counts).tolist()
+    if lengths is not None:
+        prompts, replies, *strangers = lengths
         group_size = 1 if any(any(flags) for flags in strangers) else group_size
     full = torch.cat((prompt_mask, response_mask), 1)
     plan = Plan(
@@ -141,19 +190,19 @@ def make_plan(
         response_mask=response_mask,
         group_size=group_size,
         token_budget=token_budget,
-        packing=bool(packing),
+        packing=lengths is not None,
         share_prompts=False,
         table=Table(
             columns=torch.argsort((~full).byte(), dim=1, stable=True),
-            prompt=prompt,
-            reply=reply,
+            prompt=prompt_mask.sum(1),
+            reply=response_mask.sum(1),
             prompts=prompts,
             replies=replies,
             width=prompt_mask.shape[1],
             max_reply=response_mask.shape[1],
         ),
     )
-    if prompts is not None and replies is not None and B:
+    if prompts:
         _decide(plan, share_prompts)
     return plan
 

@@ -21,7 +21,7 @@ from torchbandit.clock import Clock
 from torchbandit.corpus import Corpus
 from torchbandit.env import BanditEnv
 from torchbandit.masters import MasterOptimizer
-from torchbandit.policy import CausalLMPolicy
+from torchbandit.policy import CausalLMPolicy, Plans
 from torchbandit.responses import last_token
 from torchbandit.train.metrics import Metrics, reward_metrics, to_host
 from torchbandit.train.options import LoopOptions
@@ -189,6 +189,7 @@ class BanditTrainer:
             ids, real = self.corpus.next(self.options.ptx_batch_size or len(minibatch))
             counts["ptx"] = real[:, 1:].sum()
             ptx = list(zip(ids.tensor_split(len(pieces)), real.tensor_split(len(pieces)), strict=True))
+        plans = self.policy.plans(pieces, [real if len(real) else None for _, real in ptx] or None, group_size=siblings)
         totals = self._reduce(torch.stack(list(counts.values())).float()).clamp(min=1)
         denominators = dict(zip(counts, totals.unbind(), strict=True))
         sums: dict[str, Tensor] = {}
@@ -196,7 +197,7 @@ class BanditTrainer:
         for i, piece in enumerate(pieces):
             last = i == len(pieces) - 1
             with nullcontext() if last or self.model is self.policy else self.accelerator.no_sync(self.model):
-                loss, metrics = self.loss(piece, ptx[i] if ptx else None, denominators, siblings)
+                loss, metrics = self.loss(piece, ptx[i] if ptx else None, denominators, plans[i])
                 # DDP averages over ranks what must be summed.
                 (loss * self.world_size).backward()
             for name, value in metrics.items():
@@ -211,7 +212,7 @@ class BanditTrainer:
         td: TensorDict,
         ptx: tuple[Tensor, Tensor] | None,
         denominators: dict[str, Tensor],
-        group_size: int,
+        plans: Plans,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one microbatch and its metrics; override it to add a part of your own.
 
@@ -219,11 +220,11 @@ class BanditTrainer:
             td: rows of `targets`.
             ptx: pretraining ids and mask [M, L].
             denominators: "tokens", "rows" and "ptx" of the whole minibatch, over all ranks.
-            group_size: contiguous siblings in td.
+            plans: how the policy lays out td and ptx.
         """
         o = self.options
         ids, real = (None, None) if ptx is None or len(ptx[0]) == 0 else ptx
-        out = self.model(td, ptx_ids=ids, ptx_mask=real, entropy=o.entropy_coef != 0, group_size=group_size)
+        out = self.model(td, ptx_ids=ids, ptx_mask=real, entropy=o.entropy_coef != 0, plans=plans)
         mask, tokens = td["learn_mask"], denominators["tokens"]
         new, old, advantages = out["log_probs"], td[batch.LOG_PROBS], td["advantages"]
         clip: dict[str, Any] = {"clip": o.clip, "clip_high": o.clip_high}
