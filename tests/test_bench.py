@@ -166,3 +166,30 @@ def test_rows_belong_to_one_benchmark(capsys: pytest.CaptureFixture[str]) -> Non
     assert "name it" in capsys.readouterr().err
     assert cli.main(["bench", "score", "--tiny", "--rows", "rn"]) == 2
     assert re.search(r"rows: must be of rm, .*, got rn", capsys.readouterr().err)
+
+
+def test_the_last_layer_is_counted_on_the_tokens_it_runs_on() -> None:
+    from fakes import fake_batch, tiny_lm, tiny_reward_model
+
+    from torchbandit.bench.score_work import flops, last_layer_share
+    from torchbandit.scoring import last_layer, log_probs, make_plan, prepare, sequence_scores
+
+    td = fake_batch(num_prompts=40, prompt_width=30)
+    args = td["tokens", "prompt"], td["masks", "prompt"], td["tokens", "response"], td["masks", "response"]
+    plan = make_plan(args[1], args[3])
+    for model, score, read in ((tiny_reward_model(), sequence_scores, "last"), (tiny_lm(), log_probs, "predict")):
+        prepare(model)
+        seen: list[int] = []
+        model.model.layers[-1].mlp.register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(given[0].shape[:-1].numel())
+        )
+        with torch.no_grad():
+            score(model, *args, plan=plan)
+        lines = sum(pack.source.numel() for pack in plan.packed())
+        share = last_layer_share(plan, read)
+        assert 0 < share < last_layer.WORTH_BELOW and sum(seen) == round(share * lines) + 2 * len(seen)
+        layer = model.model.layers[-1]
+        behind = sum(p.numel() for p in layer.mlp.parameters()) + layer.self_attn.o_proj.weight.numel()
+        tokens = int(args[1].sum() + args[3].sum())
+        saved = flops(model, args) - flops(model, args, last=share)
+        assert saved == pytest.approx(2 * behind * tokens * (1 - share))

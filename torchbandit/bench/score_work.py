@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from torchbandit.bench.frame import Frame, Times
 from torchbandit.bench.models import SHAPES, llama
+from torchbandit.scoring import Plan
+from torchbandit.scoring.last_layer import WORTH_BELOW
 
 Args = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -125,14 +127,31 @@ def body_size(model: Any) -> int:
     return sum(p.numel() for layer in model.base_model.layers for p in layer.parameters())
 
 
-def flops(model: PreTrainedModel, args: Args, head_tokens: int = 0) -> float:
-    """Of a forward pass: two a weight and token in the layers, attention, and the head where it is asked for."""
-    body = body_size(model)
+def flops(model: PreTrainedModel, args: Args, head_tokens: int = 0, *, last: float = 1.0) -> float:
+    """Of a forward pass: two a weight and token in the layers, attention, and the head where it is asked for.
+
+    Args:
+        last: share of the tokens for which the last layer is needed behind its attention.
+    """
+    body: Any = model.base_model
+    layer = body.layers[-1]
+    behind = sum(p.numel() for module in (layer.self_attn.o_proj, layer.mlp) for p in module.parameters())
     lengths = (args[1].sum(1) + args[3].sum(1)).double()
     config: Any = model.config
     attention = 2 * int(config.num_attention_heads * config.head_dim * config.num_hidden_layers)
     head = head_tokens * int(config.hidden_size * config.vocab_size)
-    return 2.0 * body * tokens_of(args) + attention * float((lengths**2).sum()) + 2.0 * head
+    layers = (body_size(model) - (1 - last) * behind) * tokens_of(args)
+    return 2.0 * layers + attention * float((lengths**2).sum()) + 2.0 * head
+
+
+def last_layer_share(plan: Plan, read: Literal["predict", "last"]) -> float:
+    """Share of the tokens for which scoring without gradient runs the last layer behind its attention."""
+    done = whole = 0
+    for pack in plan.packed():
+        tokens, wanted = pack.source.numel(), getattr(pack, read).shape[0]
+        done += wanted if wanted <= WORTH_BELOW * tokens else tokens
+        whole += tokens
+    return done / whole
 
 
 def unpadded(args: Args, row: int) -> Tensor:
