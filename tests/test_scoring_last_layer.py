@@ -9,7 +9,7 @@ from fakes import ARCHS, fake_batch, tiny_lm, tiny_reward_model
 from test_scoring import TOL, layout
 from torch import Tensor, nn
 
-from torchbandit.scoring import last_layer, log_probs, sequence_scores
+from torchbandit.scoring import last_layer, log_probs, prepare, sequence_scores
 from torchbandit.scoring.routes import route_of
 
 torch.set_num_threads(1)
@@ -29,6 +29,7 @@ def test_last_layer_sees_what_is_read(arch: str, kind: str, monkeypatch: pytest.
     args = naive.tensors(fake_batch())
     rm, lm = tiny_reward_model(arch), tiny_lm(arch)
     assert route_of(rm).trims and route_of(lm).trims
+    prepare(rm)  # looks at it with a few tokens of its own
     plan = layout(kind, args)
     want, wanted_logps = naive.scores(rm, args), naive.log_probs(lm, args)[0]
     counts = [[seen(m) for m in model.modules() if type(m).__name__.endswith("MLP")] for model in (rm, lm)]

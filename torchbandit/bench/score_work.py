@@ -135,12 +135,12 @@ def flops(model: PreTrainedModel, args: Args, head_tokens: int = 0, *, last: flo
     """
     body: Any = model.base_model
     layer = body.layers[-1]
-    behind = sum(p.numel() for module in (layer.self_attn.o_proj, layer.mlp) for p in module.parameters())
+    behind: int = sum(p.numel() for module in (layer.self_attn.o_proj, layer.mlp) for p in module.parameters())
     lengths = (args[1].sum(1) + args[3].sum(1)).double()
     config: Any = model.config
     attention = 2 * int(config.num_attention_heads * config.head_dim * config.num_hidden_layers)
     head = head_tokens * int(config.hidden_size * config.vocab_size)
-    layers = (body_size(model) - (1 - last) * behind) * tokens_of(args)
+    layers: float = (body_size(model) - (1 - last) * behind) * tokens_of(args)
     return 2.0 * layers + attention * float((lengths**2).sum()) + 2.0 * head
 
 

@@ -7,6 +7,7 @@ from torchbandit.models.adapters import causal_lm_on, reward_model_on, without_a
 from torchbandit.models.load import (
     context_length,
     disable_dropout,
+    dropout_in,
     empty_causal_lm,
     empty_reward_model,
     load_causal_lm,
@@ -25,6 +26,7 @@ __all__ = [
     "check_same_tokenizer",
     "context_length",
     "disable_dropout",
+    "dropout_in",
     "empty_causal_lm",
     "empty_reward_model",
     "load_causal_lm",

@@ -87,14 +87,28 @@ def context_length(model: ModelLike) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout to 0, so that `train()` (gradient checkpointing asks for it) changes nothing."""
     for module in model.modules():
-        if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
+        if isinstance(module, _DROPOUTS):
             module.p = 0.0
         for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def dropout_in(model: nn.Module) -> str | None:
+    """The name of a dropout above 0, or None."""
+    for at, module in model.named_modules():
+        if isinstance(module, _DROPOUTS) and module.p > 0:
+            return str(at)
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float) and value > 0:
+                return f"{at}.{name}"
+    return None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from torchbandit.scoring.forward import hidden_states, own_scores
 from torchbandit.scoring.plan import Packing, Plan, Rows, make_plan, make_plans
-from torchbandit.scoring.routes import route_of
+from torchbandit.scoring.routes import route_of, scores_by_head
 
 __all__ = [
     "Packing",
@@ -44,8 +44,11 @@ class TokenScores(NamedTuple):
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Find out how `model` may be run, which takes a few tokens and one sync; else its first scoring does it."""
-    route_of(_bare(model))
+    """Find out how `model` may be run, which takes a few tokens and some syncs; else its first scoring does it."""
+    model = _bare(model)
+    route_of(model)
+    if model.get_output_embeddings() is None:
+        scores_by_head(model)
 
 
 def log_probs(
@@ -71,7 +74,8 @@ def log_probs(
         [B, T] float32 on the model's device; 0 outside the mask, NaN for a token that nothing precedes, for rows of
         a group whose prompts turn out to differ, and for rows that the plan was not made of.
     Raises:
-        ValueError: tensors do not fit together.
+        ValueError: tensors do not fit together; or the model has dropout on, sees what it predicts, or is asked for
+            rows beyond its positions.
     """
     return token_scores(
         model, prompt_ids, prompt_mask, response_ids, response_mask,
@@ -167,17 +171,19 @@ def sequence_scores(
         model: a sequence classifier with one label.
     Returns:
         [B] float32; NaN where the response is empty. Gradient where the model has it.
+    Raises:
+        ValueError: tensors do not fit together, or the model is none whose scores can be trusted in a batch.
     """
     model = _bare(model)
     ids, plan, honest = _checked(prompt_ids, prompt_mask, response_ids, response_mask, group_size, plan)
     rows, scores = [], []
-    if getattr(model, "score", None) is None:
-        parts = [(pack.rows, score) for pack, score in own_scores(model, ids, plan)]
-    else:
+    if scores_by_head(model):
         parts = [
             (part.pack.rows, _apply(_score_head(model), part.hidden.index_select(0, part.pack.last)))
             for part in hidden_states(model, ids, plan, read="last")
         ]
+    else:
+        parts = [(pack.rows, score) for pack, score in own_scores(model, ids, plan)]
     for row, score in parts:
         rows.append(row)
         scores.append(score)
@@ -276,6 +282,8 @@ def _temperature(temperature: float | Tensor, plan: Plan) -> Tensor | None:
         return torch.where(heat > 0, heat, torch.ones_like(heat))
     if temperature in (0, 1):
         return None
+    if not temperature > 0:
+        raise ValueError(f"temperature: must be at least 0 (0 counts as 1), got {temperature}")
     return torch.full((plan.num_rows,), float(temperature), device=plan.response_mask.device)
 
 

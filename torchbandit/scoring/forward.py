@@ -13,7 +13,7 @@ from torchbandit.scoring import attention, compiled, last_layer
 from torchbandit.scoring.heads import Head
 from torchbandit.scoring.packs import Pack
 from torchbandit.scoring.plan import Plan
-from torchbandit.scoring.routes import Route, route_of
+from torchbandit.scoring.routes import Route, check_usable, route_of
 
 
 class Hidden(NamedTuple):
@@ -34,6 +34,10 @@ def hidden_states(
         read: which of the pack's tokens the caller will look at; the others may come out as anything.
     """
     route = route_of(model)
+    check_usable(model, plan.longest)
+    if read == "predict" and not route.causal:
+        raise ValueError(f"model: must be causal, got {type(model).__name__}, whose predictions see the tokens that "
+                         "they predict; load a causal LM (of BERT's kind: is_decoder=True in its config)")  # fmt: skip
     head = Head(model, route.whole)
     body = model if route.whole else model.base_model
     flat = ids.flatten()
@@ -69,6 +73,7 @@ def _packs(plan: Plan, route: Route) -> Iterable[Pack]:
 
 def own_scores(model: PreTrainedModel, ids: Tensor, plan: Plan) -> Iterator[tuple[Pack, Tensor]]:
     """Scores of a classifier that pools by itself (an encoder): right-padded, with its own mask; [R] float32."""
+    check_usable(model, plan.longest)
     flat = ids.flatten()
     for pack in plan.padded() if plan.num_rows else ():
         real = pack.positions < (plan.table.prompt + plan.table.reply)[pack.rows][:, None]
