@@ -126,7 +126,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     tiny_lm().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     torch.set_num_threads(1)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield str(folder)
     ray.shutdown()
 

@@ -21,7 +21,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID  # noqa: E402
 from rllib_toy import NUM_PROMPTS, T, ToyEnv, make_models, reward, toy_config  # noqa: E402
 
 from torchbandit.generation import Sampling  # noqa: E402
-from torchbandit.rllib import BanditPPO, BanditPPOConfig, CausalLMModule, PPOPtxLearner  # noqa: E402
+from torchbandit.rllib import BanditEnvRunner, BanditPPO, BanditPPOConfig, CausalLMModule, PPOPtxLearner  # noqa: E402
 from torchbandit.rllib.wire import pack, unpack  # noqa: E402
 from torchbandit.testing.host_copy import count_host_copies  # noqa: E402
 
@@ -34,7 +34,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     torch.set_num_threads(1)
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -176,7 +176,7 @@ from rllib_toy import toy_config, ToyEnv  # noqa: E402
 from torchbandit.rllib import BanditPPO  # noqa: E402
 from test_rllib import digest  # noqa: E402
 policy, corpus, path, mode = sys.argv[1:]
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 algo = BanditPPO.from_checkpoint(path)
 print("DIGEST" + json.dumps(digest(algo)))
 algo.stop(); ray.shutdown()
@@ -196,8 +196,7 @@ def digest(algo: Any) -> dict[str, Any]:
     algo.train()
     algo.learner_group.update = update
     learner = algo.learner_group._learner
-    masters, _ = learner._masters[DEFAULT_MODULE_ID]
-    moments = [v for state in masters.optimizer.state_dict()["state"].values() for v in state.values()]
+    moments = [v for state in learner._masters.optimizer.state_dict()["state"].values() for v in state.values()]
     total = lambda tensors: sum(float(t.double().abs().sum()) for t in tensors)
     return {
         "tokens": batches[0]["tokens/response"].tolist(),
@@ -404,16 +403,29 @@ def other_tokenizer(index: int, workers: int, device: torch.device) -> Any:
     return BanditEnv(prompts, lambda td: td["masks", "response"].sum(-1).float(), num_prompts=2)
 
 
-def on_meta(index: int, workers: int, device: torch.device) -> Any:
+def no_model(index: int, workers: int, device: torch.device) -> Any:
     raise RuntimeError("the reward model is not here")
+
+
+class Elsewhere(ToyEnv):
+    """An env that is not on the policy's device, as far as it says."""
+
+    def __call__(self, *args: Any) -> Any:
+        env = super().__call__(*args)
+        env.device = torch.device("meta")
+        return env
 
 
 BAD: dict[str, tuple[Callable[[BanditPPOConfig, dict[str, str]], Any], str]] = {
     "no env_fn": (lambda c, p: setattr(c, "env_fn", None), r"bandit\(env_fn=…\): must be a function.*got none"),
     "env_fn no function": (lambda c, p: c.bandit(env_fn=3), r"env_fn.*got int"),
     "env_fn returns something else": (lambda c, p: c.bandit(env_fn=lambda *a: "env"), "return a BanditEnv, got str"),
-    "env_fn raises": (lambda c, p: c.bandit(env_fn=on_meta), "on_meta.*raised RuntimeError on node .*is not here"),
+    "env_fn raises": (lambda c, p: c.bandit(env_fn=no_model), "no_model.*raised RuntimeError on node .*is not here"),
     "env_fn takes too little": (lambda c, p: c.bandit(env_fn=lambda: None), "raised TypeError"),
+    "another device": (
+        lambda c, p: c.bandit(env_fn=Elsewhere(p["policy"])),
+        r"env_fn=Elsewhere\): must build the env on the device it is given, cpu, where the policy is, got meta",
+    ),
     "another tokenizer": (lambda c, p: c.bandit(env_fn=other_tokenizer), "'<one more>' differs"),
     "no pretrained": (lambda c, p: setattr(c, "pretrained", None), r"rl_module\(pretrained=…\).*got none"),
     "live model": (lambda c, p: c.rl_module(pretrained=tiny_lm()), "a live model has to be saved first"),
@@ -440,6 +452,11 @@ BAD: dict[str, tuple[Callable[[BanditPPOConfig, dict[str, str]], Any], str]] = {
     "top-k": (lambda c, p: c.bandit(sampling=Sampling(max_new_tokens=4, top_k=3)), "temperature above 0 alone"),
     "unknown training": (lambda c, p: c.training(ptx_cof=0.1), r"training\(ptx_cof=…\).*did you mean 'ptx_coef'"),
     "unknown runners": (lambda c, p: c.env_runners(num_env_runner=1), "did you mean 'num_env_runners'"),
+    "unknown learners": (lambda c, p: c.learners(num_learner=1), "did you mean 'num_learners'"),
+    "unknown reporting": (
+        lambda c, p: c.reporting(min_time_per_iteration=1),
+        "did you mean 'min_time_s_per_iteration'",
+    ),
     "unknown bandit": (lambda c, p: c.bandit(env_fun=1), "did you mean 'env_fn'"),
     "unknown module": (lambda c, p: c.rl_module(pretraind="x"), "did you mean 'pretrained'"),
     "another learner": (lambda c, p: c.training(learner_class=object), "must be a subclass of PPOPtxLearner"),
@@ -455,8 +472,6 @@ def test_bad_input(paths: dict[str, str], case: str) -> None:
 
 
 def test_more_runners_than_prompts(paths: dict[str, str]) -> None:
-    from torchbandit.rllib import BanditEnvRunner
-
     config = toy_config(paths["policy"], runners=NUM_PROMPTS + 1)
     config.validate()
     runner = BanditEnvRunner(config=config, worker_index=1, num_workers=NUM_PROMPTS + 1)
@@ -475,68 +490,3 @@ def test_stochastic_evaluation_may_be_asked_for(paths: dict[str, str]) -> None:
     config = toy_config(paths["policy"]).evaluation(evaluation_config=BanditPPOConfig.overrides(explore=True))
     assert config.get_evaluation_config_object().explore is True
     assert toy_config(paths["policy"]).get_evaluation_config_object().explore is False
-
-
-# --- the command line's engine ---------------------------------------------------------------------------------------
-
-
-def options_of(paths: dict[str, str], out: Path, **given: Any) -> Any:
-    from torchbandit.train.options import TrainOptions
-
-    prompts = out.parent / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(NUM_PROMPTS)))
-    settings: dict[str, Any] = dict(
-        policy=paths["policy"], reward_model=[paths["reward"]], prompts=str(prompts), ptx_data=paths["corpus.txt"],
-        ptx_coef=0.1, ptx_length=32, num_prompts=4, group_size=4, max_new_tokens=T, steps=3, minibatches=2, lr=1e-3,
-        save_every=0, device="cpu", engine="rllib", out=str(out), schedule="linear", packing=False,
-    )  # fmt: skip
-    return TrainOptions(**settings | given)
-
-
-def lines(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.slow
-def test_engine_leaves_the_files_of_the_local_one(paths: dict[str, str], tmp_path: Path) -> None:
-    from torchbandit.rllib.run import train
-    from torchbandit.train.run import train as train_locally
-
-    out, beside = tmp_path / "rllib", tmp_path / "local"
-    train(options_of(paths, out))
-    train_locally(options_of(paths, beside, engine="local"))
-    assert {p.name for p in out.iterdir()} == {p.name for p in beside.iterdir()}
-    ours, theirs = lines(out), lines(beside)
-    assert [line["step"] for line in ours] == [1, 2, 3]
-    missing = set(theirs[0]) - set(ours[0])
-    assert missing <= {"reward_std", "constant_groups", "loss/ptx_weighted"}, missing
-    # The same prompts, from the same weights: the first batch differs by its sampling alone.
-    assert ours[0]["loss/ptx"] == pytest.approx(theirs[0]["loss/ptx"], rel=0.05)
-    with pytest.raises(ValueError, match="out: .* holds a run already"):
-        train(options_of(paths, out))
-    train(options_of(paths, out, steps=4, resume=True))
-    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
-
-
-def test_engine_refuses_other_algorithms(paths: dict[str, str], tmp_path: Path) -> None:
-    from torchbandit.rllib.run import to_config, train
-
-    with pytest.raises(ValueError, match="algo: the rllib engine trains ppo alone, got grpo"):
-        train(options_of(paths, tmp_path / "out", algo="grpo"))
-    with pytest.raises(ValueError, match="minibatches, learners: must divide the batch of 32 rows"):
-        to_config(options_of(paths, tmp_path / "out", env_runners=2, learners=3), torch.device("cpu"))
-
-
-def test_engine_keeps_the_schedule(paths: dict[str, str], tmp_path: Path) -> None:
-    """RLlib interpolates over rows sampled; at every iteration it must be the local engine's rate."""
-    from torchbandit.rllib.run import to_config
-    from torchbandit.train.loop import schedule_factor
-
-    config = to_config(options_of(paths, tmp_path / "out", warmup_steps=1, steps=4), torch.device("cpu"))
-    algo = config.build_algo()
-    rates = [algo.learner_group._learner._masters[DEFAULT_MODULE_ID][0].param_groups[0]["lr"]]
-    for _ in range(3):
-        algo.train()
-        rates.append(algo.learner_group._learner._masters[DEFAULT_MODULE_ID][0].param_groups[0]["lr"])
-    algo.stop()
-    assert rates == pytest.approx([1e-3 * schedule_factor("linear", step, 4, 1) for step in range(4)])

@@ -12,7 +12,7 @@ import torch
 
 ray = pytest.importorskip("ray", reason="the rllib extra is not installed")
 
-from fakes import byte_tokenizer, tiny_reward_model  # noqa: E402
+from fakes import byte_tokenizer, tiny_lm, tiny_reward_model  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 from rllib_toy import ToyEnv, make_models, toy_config  # noqa: E402
 
@@ -20,7 +20,7 @@ from torchbandit.env import BanditEnv  # noqa: E402
 from torchbandit.rewards import RewardModel  # noqa: E402
 
 pytestmark = pytest.mark.slow
-REWARD, ONLY_HERE = "toy/reward", "toy/only-here"
+REWARD, ONLY_HERE, POLICIES = "toy/reward", "toy/only-here", ("toy/policy-here", "toy/policy-there")
 
 
 def fill_hub_cache(home: Path, name: str, model: Any) -> None:
@@ -47,19 +47,20 @@ class HubEnv(ToyEnv):
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
-    """Two nodes with two HF_HOMEs: a policy, another reward model in each, and one model that only the first has."""
+    """Two nodes with two HF_HOMEs: each with a reward model and a policy of its own, and one more model."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("nodes")
     homes = [folder / "home0", folder / "home1"]
     for seed, home in enumerate(homes):
         fill_hub_cache(home, REWARD, tiny_reward_model("llama", seed=seed))
+        fill_hub_cache(home, POLICIES[seed], tiny_lm("llama"))
     fill_hub_cache(homes[0], ONLY_HERE, tiny_reward_model("llama"))
     tests = str(Path(__file__).parent)
     cluster = Cluster()
     for home in homes:
         path = os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))
         variables = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-        cluster.add_node(num_cpus=2, include_dashboard=False, env_vars=variables)
+        cluster.add_node(num_cpus=3, include_dashboard=False, env_vars=variables)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield homes
     ray.shutdown()
@@ -89,3 +90,11 @@ def test_weights_of_one_node_alone(homes: list[Path], tmp_path: Path) -> None:
     """Found at build, with the node and the path, before anything is trained."""
     with pytest.raises(ValueError, match=rf"env runner \d on node .*{ONLY_HERE}.*put them on all nodes"):
         config(make_models(tmp_path)["policy"], ONLY_HERE).build_algo()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policy_of_one_node_alone(homes: list[Path], tmp_path: Path, policy: str) -> None:
+    """A runner's policy is filled by the broadcast, but its shape and tokenizer are read where it lives."""
+    made = config(make_models(tmp_path)["policy"], REWARD).rl_module(pretrained=policy).learners(num_learners=1)
+    with pytest.raises(ValueError, match=rf"rl_module\(pretrained='{policy}', .*built on node .*put it on all nodes"):
+        made.build_algo()

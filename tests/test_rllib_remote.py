@@ -18,7 +18,7 @@ ray = pytest.importorskip("ray", reason="the rllib extra is not installed")
 from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID  # noqa: E402
 from rllib_toy import ToyEnv, make_models, reward, toy_config  # noqa: E402
 
-from torchbandit.rllib import BanditPPO  # noqa: E402
+from torchbandit.rllib import BanditEnvRunner, BanditPPO  # noqa: E402
 
 pytestmark = pytest.mark.slow
 LOGGER = "torchbandit.rllib.algorithm"
@@ -88,7 +88,10 @@ class Run:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     torch.set_num_threads(1)
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    # Ray would set OMP_NUM_THREADS to an actor's CPUs where nobody has set it.
+    env = {"env_vars": {"OMP_NUM_THREADS": "3"}}
+    quiet: dict[str, Any] = dict(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=8, num_gpus=1, runtime_env=env, **quiet)
     run = Run(tmp_path_factory.mktemp("toy"))
     yield run
     run.algo.stop()
@@ -169,6 +172,24 @@ def test_places_are_in_the_checkpoint(run: Run, tmp_path: Path) -> None:
     run.assert_weights_everywhere()
     run.algo.train()
     run.assert_no_prompt_lost()
+
+
+class OnCpu(BanditEnvRunner):
+    """Does not look for the GPU that Ray believes in."""
+
+    def __init__(self, *, config: Any, **kwargs: Any) -> None:
+        config = config.copy(copy_frozen=False)
+        config.num_gpus_per_env_runner = 0
+        super().__init__(config=config, **kwargs)
+
+
+def test_two_runners_on_one_gpu(run: Run) -> None:
+    config = toy_config(run.paths["policy"], 2).env_runners(num_gpus_per_env_runner=0.5, env_runner_cls=OnCpu)
+    algo = config.build_algo()
+    told = algo.env_runner_group.foreach_env_runner(lambda r: ray.get_gpu_ids())
+    free = ray.available_resources().get("GPU", 0)
+    algo.stop()
+    assert told == [[0], [0]] and free == 0
 
 
 def test_missing_weights_name_node_and_path(run: Run) -> None:

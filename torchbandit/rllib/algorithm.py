@@ -38,13 +38,20 @@ class BanditPPO(PPO):
         Raises:
             ValueError: a runner could not be built (which, on what node, and why), or rows do not divide.
         """
-        super().setup(config)
         self._places: dict[int, dict[str, Any]] = {}
+        try:
+            super().setup(config)
+            self._join_parts()
+        except Exception:
+            self.cleanup()  # what was built would keep its CPUs and GPUs, and the next try would wait for them
+            raise
+
+    def _join_parts(self) -> None:
         reports = self._reports(self.env_runner_group)
         for group in (self.env_runner_group, self.eval_env_runner_group):
             runner = None if group is None else group.local_env_runner
             if runner is not None and self.config.num_learners == 0:
-                runner.share_module(self.learner_group._learner.module[DEFAULT_MODULE_ID].unwrapped())
+                runner.share_module(self.learner_group._learner.lm_module)
         if self.eval_env_runner_group is not None:
             self._reports(self.eval_env_runner_group)
         self._check_rows(reports)

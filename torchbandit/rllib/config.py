@@ -13,13 +13,14 @@ import torch
 from ray.rllib.algorithms.algorithm_config import NotProvided
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.util.debug import log_once
 
 from torchbandit.generation import Sampling
 from torchbandit.models import ModelSpec
 from torchbandit.rllib.algorithm import BanditPPO
-from torchbandit.rllib.env_runner import PLACEHOLDER, BanditEnvRunner
+from torchbandit.rllib.env_runner import BanditEnvRunner
 from torchbandit.rllib.learner import PPOPtxLearner
-from torchbandit.rllib.module import CausalLMModule
+from torchbandit.rllib.module import PLACEHOLDER, CausalLMModule
 
 Config = TypeVar("Config", bound="BanditPPOConfig")
 
@@ -194,6 +195,8 @@ class BanditPPOConfig(PPOConfig):
             if not hasattr(self, name):
                 setattr(self, name, default)
         self._validate_bandit()
+        # Counts as said: RLlib would advise to switch to its old stack, which has no part here.
+        log_once(f"{self.algo_class.__name__}_on_new_api_stack")
         super().validate()
 
     def _validate_bandit(self) -> None:
@@ -287,5 +290,6 @@ def _with_hint(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name in (
     "bandit", "rl_module", "training", "env_runners", "learners", "evaluation", "fault_tolerance", "debugging",
+    "environment", "resources", "reporting", "checkpointing", "callbacks", "framework",
 ):  # fmt: skip
     setattr(BanditPPOConfig, _name, _with_hint(_name, getattr(BanditPPOConfig, _name)))

@@ -6,19 +6,20 @@ import socket
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import gymnasium
+import numpy as np
 import ray
 import torch
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from tensordict import TensorDict, TensorDictBase
 
-from torchbandit.models import (
-    ModelSpec,
-    empty_causal_lm,
-    empty_reward_model,
-    load_tokenizer,
-)
+from torchbandit.models import ModelSpec, empty_causal_lm, empty_reward_model, load_tokenizer
 from torchbandit.policy import CausalLMPolicy, Plans
 from torchbandit.rllib.wire import pack, unflatten, unpack
+
+PLACEHOLDER = gymnasium.spaces.Box(0.0, 1.0, (1,), np.float32)
+"""RLlib wants spaces; a bandit on token tensors has none to tell."""
 
 
 def here() -> str:
@@ -146,3 +147,17 @@ def _build(given: dict[str, Any]) -> CausalLMPolicy:
         critic = empty_reward_model(critic, device, dtype=dtype)
     lm = empty_causal_lm(pretrained, device, dtype=dtype)
     return CausalLMPolicy(lm, load_tokenizer(pretrained), critic=critic, trainable=False, **options)
+
+
+def empty_module(config: Any, device: torch.device) -> CausalLMModule:
+    """The module of a `BanditPPOConfig` without its weights, which come with the first `set_state`."""
+    spaces = {DEFAULT_MODULE_ID: (PLACEHOLDER, PLACEHOLDER)}
+    spec = config.get_rl_module_spec(spaces=spaces, inference_only=True)
+    module = spec.module_class(
+        observation_space=PLACEHOLDER,
+        action_space=PLACEHOLDER,
+        inference_only=True,
+        model_config=spec.model_config | {"device": str(device), "empty": True},
+    )
+    assert isinstance(module, CausalLMModule)
+    return module

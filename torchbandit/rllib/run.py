@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -19,10 +20,9 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from torchbandit.env import BanditEnv
 from torchbandit.models import ModelSpec
-from torchbandit.policy import CausalLMPolicy
 from torchbandit.rllib.algorithm import BanditPPO
 from torchbandit.rllib.config import BanditPPOConfig
-from torchbandit.rllib.wire import unpack
+from torchbandit.rllib.module import CausalLMModule, empty_module
 from torchbandit.train import build, checkpoint, report
 from torchbandit.train import run as local
 from torchbandit.train.loop import schedule_factor
@@ -50,32 +50,27 @@ def train(options: TrainOptions) -> Path:
     """
     if options.algo != "ppo":
         raise ValueError(f"algo: the rllib engine trains ppo alone, got {options.algo}; use --engine local for it")
+    _rows(options)
     out, device = Path(options.out), build.pick_device(options)
     local.claim(out, options)
-    with _cluster(options):
+    with _cluster(options, device):
         algo = to_config(options, device).build_algo()
-        env_fn = EnvOfOptions(options)
         try:
-            return _run(algo, options, out, env_fn, device)
+            _run(algo, options, out, device)
         finally:
             algo.stop()
+    return out
 
 
 def to_config(options: TrainOptions, device: torch.device) -> BanditPPOConfig:
     """The same run as a `BanditPPOConfig`.
 
     Raises:
-        ValueError: rows do not divide over learners and minibatches.
+        ValueError: rows do not divide over learners and minibatches, or learners would have to share a GPU.
     """
-    assert options.policy is not None and options.group_size is not None
-    rows = options.num_prompts * options.group_size * max(1, options.env_runners)
-    share, left = divmod(rows, max(1, options.learners))
-    if left or share % options.minibatches:
-        raise ValueError(
-            f"minibatches, learners: must divide the batch of {rows} rows (num_prompts x group_size x env_runners), "
-            f"got {options.minibatches} and {options.learners}"
-        )
-    gpus = _gpus(options) if device.type == "cuda" else 0.0
+    assert options.policy is not None
+    rows = _rows(options)
+    runner_gpus, learner_gpus = gpu_shares(options) if device.type == "cuda" else (0.0, 0.0)
 
     def spec(path: str) -> ModelSpec:
         return ModelSpec(path, dtype=options.dtype, compile=options.compile)
@@ -85,9 +80,9 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditPPOConfig:
     config.env_runners(
         num_env_runners=options.env_runners,
         num_cpus_per_env_runner=1,
-        num_gpus_per_env_runner=gpus if options.env_runners else 0,
+        num_gpus_per_env_runner=runner_gpus,
     )
-    config.learners(num_learners=options.learners, num_gpus_per_learner=gpus)
+    config.learners(num_learners=options.learners, num_gpus_per_learner=learner_gpus, local_gpu_idx=device.index or 0)
     config.rl_module(
         pretrained=spec(options.policy),
         critic="head" if options.critic in (None, "head") else spec(options.critic),
@@ -97,7 +92,7 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditPPOConfig:
     config.training(
         lr=_learning_rate(options, rows),
         num_epochs=options.epochs,
-        minibatch_size=share // options.minibatches,
+        minibatch_size=rows // max(1, options.learners) // options.minibatches,
         micro_batch_size=options.micro_batch_size,
         clip_param=options.clip,
         clip_param_high=options.clip_high,
@@ -117,6 +112,18 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditPPOConfig:
     return config
 
 
+def _rows(options: TrainOptions) -> int:
+    """Rows of an iteration; ValueError where they do not divide."""
+    assert options.group_size is not None
+    rows = options.num_prompts * options.group_size * max(1, options.env_runners)
+    if rows % (max(1, options.learners) * options.minibatches):
+        raise ValueError(
+            f"minibatches, learners: must divide the batch of {rows} rows (num_prompts x group_size x env_runners), "
+            f"got {options.minibatches} and {options.learners}"
+        )
+    return rows
+
+
 def _learning_rate(options: TrainOptions, rows: int) -> Any:
     """A number, or RLlib's list of (rows sampled, rate): the local engine's schedule, exact at every iteration."""
     if options.schedule == "constant" and not options.warmup_steps:
@@ -125,20 +132,46 @@ def _learning_rate(options: TrainOptions, rows: int) -> Any:
     return [[step * rows, o.lr * schedule_factor(o.schedule, step, o.steps, o.warmup_steps)] for step in rates]
 
 
-def _gpus(options: TrainOptions) -> float:
-    """An actor's share of the GPUs of this machine."""
-    actors = max(1, options.env_runners + options.learners)
-    return min(1.0, torch.cuda.device_count() / actors)
+def gpu_shares(options: TrainOptions) -> tuple[float, float]:
+    """What of a GPU an env runner and a learner ask Ray for: fractions where there are more actors than GPUs.
+
+    Ray fills the fullest GPU that still has room, runners first, and NCCL wants no two learners on one GPU. So a
+    runner's share is a little more, and a learner's what exactly m runners leave of a GPU.
+
+    Raises:
+        ValueError: several learners cannot each have a GPU of their own.
+    """
+    runners, learners = options.env_runners, options.learners
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if runners + learners <= gpus:
+        return 1.0, 1.0
+    if not gpus:
+        raise ValueError("device: the run is on cuda, and Ray's cluster has no GPU; add some, or use --device cpu")
+    if learners <= 1:
+        share = 1 / math.ceil((runners + learners) / gpus)
+        return share, share
+    m = math.ceil(runners / gpus)  # runners of a GPU
+    most = min(gpus, runners // m + 1) if runners else gpus
+    if learners > most:
+        raise ValueError(
+            f"learners: each needs a GPU of its own, and Ray has {gpus} for them and {runners} env runners: must be at "
+            f"most {most}, got {learners}"
+        )
+    share = round(1 / (m + 1) + 0.002, 4)
+    return share, round(1 - m * share, 4)
 
 
 @contextlib.contextmanager
-def _cluster(options: TrainOptions) -> Iterator[None]:
-    """The cluster of RAY_ADDRESS, one that is up already, or one of this machine with a logical CPU for each actor."""
+def _cluster(options: TrainOptions, device: torch.device) -> Iterator[None]:
+    """The cluster of RAY_ADDRESS, the one this process is in, or a new one here with a logical CPU for each actor."""
     mine = not ray.is_initialized()
     if mine:
-        quiet: dict[str, Any] = dict(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        actors = options.env_runners + options.learners
-        ray.init(**({} if os.environ.get("RAY_ADDRESS") else {"num_cpus": actors + 1, **quiet}))
+        own: dict[str, Any] = dict(
+            address="local", num_cpus=options.env_runners + options.learners + 1,
+            num_gpus=torch.cuda.device_count() if device.type == "cuda" else 0,
+            include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        )  # fmt: skip
+        ray.init(**({} if os.environ.get("RAY_ADDRESS") else own))
     try:
         yield
     finally:
@@ -146,25 +179,22 @@ def _cluster(options: TrainOptions) -> Iterator[None]:
             ray.shutdown()
 
 
-def _run(algo: BanditPPO, options: TrainOptions, out: Path, env_fn: EnvOfOptions, device: torch.device) -> Path:
-    done = 0
-    if options.resume:
-        done = _resume(algo, options, out / "checkpoint")
-    policy, env = _driver_policy(algo, options, device), env_fn(0, 1, device)
-    judge = local.Judge(options, policy, env)
+def _run(algo: BanditPPO, options: TrainOptions, out: Path, device: torch.device) -> None:
+    done = _resume(algo, options, out / "checkpoint") if options.resume else 0
+    module, env = _judged(algo, options, device)
+    judge = local.Judge(options, module.policy, env)
     accelerator = Accelerator(cpu=True, log_with=list(options.log_with) or None, project_dir=str(out))
     if options.log_with:
         accelerator.init_trackers(options.name or "torchbandit", config=local.plain(asdict(options)))
     try:
         before = judge.before(out / "evaluation.json")
         _loop(algo, options, out, done, accelerator)
-        _fill(policy, algo)
+        _fill(module, algo)
         judge.finish(out, before)
     finally:
         env.close()
         if options.log_with:
             accelerator.end_training()
-    return out
 
 
 def _loop(algo: BanditPPO, options: TrainOptions, out: Path, done: int, accelerator: Accelerator) -> None:
@@ -198,64 +228,52 @@ def flat_metrics(result: dict[str, Any], step: int, seconds: float, runners: int
     times["learn"] = float(result["time"]["learn_s"])
     times["sync"] = float(result["time"]["sync_s"])
     times["rest"] = max(0.0, seconds - sum(times.values()))
-    kept = ("reward", "kl", "unscorable", "truncated", "response_length")
+    kept = (
+        "reward", "reward_std", "kl", "unscorable", "truncated", "response_length", "constant_groups"
+    )  # fmt: skip
+    groups = ("reward_terms", "packing")
+    grouped = {f"{group}/{name}": number for group in groups for name, number in sampled.get(group, {}).items()}
     return (
         {"step": step}
         | {name: float(sampled[name]) for name in kept if name in sampled}
-        | {f"reward_terms/{name}": float(value) for name, value in sampled["reward_terms"].items()}
+        | {name: float(value) for name, value in grouped.items()}
         | {name: float(value) for name, value in learned.items() if name.startswith("loss/") or name == "grad_norm"}
         | {"samples_per_s": float(sampled["num_env_steps_sampled"]) / seconds}
         | {f"time/{stage}_s": value for stage, value in times.items()}
     )
 
 
-def _driver_policy(algo: BanditPPO, options: TrainOptions, device: torch.device) -> CausalLMPolicy:
-    """A policy to evaluate and save: the local learner's own, or one here that is filled from the learners."""
+def _judged(algo: BanditPPO, options: TrainOptions, device: torch.device) -> tuple[CausalLMModule, BanditEnv]:
+    """A policy and an env of this process, to evaluate and save: the runner's or learner's own where they are here."""
+    runner = algo.env_runner_group.local_env_runner
+    if runner is not None:
+        return runner.module, runner.env
+    env = EnvOfOptions(options)(0, 1, device)
     if algo.config.num_learners == 0:
-        policy = algo.learner_group._learner.module[DEFAULT_MODULE_ID].unwrapped().policy
-        assert isinstance(policy, CausalLMPolicy)
-        return policy
-    policy = build.build_policy(options, build.build_tokenizer(options), device)
-    _fill(policy, algo)
-    return policy
+        return algo.learner_group._learner.lm_module, env
+    module = empty_module(algo.config, device)
+    _fill(module, algo)
+    return module, env
 
 
-def _fill(policy: CausalLMPolicy, algo: BanditPPO) -> None:
-    if algo.config.num_learners == 0:
-        return
-    weights = unpack(algo.learner_group.get_weights()[DEFAULT_MODULE_ID]["weights"])
-    own = policy.state_dict()
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name.removeprefix("policy.")].copy_(tensor)
+def _fill(module: CausalLMModule, algo: BanditPPO) -> None:
+    """The learners' weights, where they are in other processes."""
+    if algo.config.num_learners:
+        module.set_state(algo.learner_group.get_weights()[DEFAULT_MODULE_ID])
 
 
 def _save(algo: BanditPPO, options: TrainOptions, folder: Path, done: int) -> None:
     """Written beside its final name and then renamed, as the local engine does."""
-    fresh, stale = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     algo.save_to_path(fresh)
     (fresh / "options.json").write_text(json.dumps(asdict(options) | {"steps_done": done}, indent=1), encoding="utf-8")
-    shutil.rmtree(stale, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, stale)
-    os.replace(fresh, folder)
-    shutil.rmtree(stale, ignore_errors=True)
+    checkpoint.put_in_place(fresh, folder)
 
 
 def _resume(algo: BanditPPO, options: TrainOptions, folder: Path) -> int:
     """Restore; steps done. ValueError where there is no such checkpoint, or it is another run's."""
-    if not (folder / "options.json").exists():
-        raise ValueError(f"resume: no checkpoint at {folder}; drop --resume, or name the run's folder with --out")
-    saved = json.loads((folder / "options.json").read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(asdict(options)))
-    differing = [name for name in now if name not in FREE and saved.get(name) != now[name]]
-    if differing:
-        told = "; ".join(f"{name} was {saved.get(name)!r}, is now {now[name]!r}" for name in differing)
-        raise ValueError(
-            f"resume: the checkpoint at {folder} is another run's: {told}. Use its options, or a new --out"
-        )
-    done = int(saved["steps_done"])
+    done = int(checkpoint.find(folder, asdict(options), FREE)["steps_done"])
     if done >= options.steps:
         raise ValueError(f"steps: the run has done its {done} steps; ask for more with --steps")
     algo.restore_from_path(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ def save(directory: Path, policy: nn.Module, state: dict[str, Any], options: Map
         if isinstance(error, Exception) and not isinstance(error, OSError):
             raise OSError(f"checkpoint: could not be written to {directory}: {error}") from error
         raise
+    put_in_place(fresh, directory)
+
+
+def put_in_place(fresh: Path, directory: Path) -> None:
+    """Rename a whole checkpoint to its final name; whenever this is killed, there is one that `find` finds."""
     stale = directory.with_name(directory.name + ".old")
     shutil.rmtree(stale, ignore_errors=True)
     if directory.exists():
@@ -57,11 +62,13 @@ def save(directory: Path, policy: nn.Module, state: dict[str, Any], options: Map
     shutil.rmtree(stale, ignore_errors=True)
 
 
-def load(directory: Path, policy: nn.Module, options: Mapping[str, Any], rank: int = 0) -> dict[str, Any]:
-    """Fill the policy's weights and return this rank's state.
+def find(directory: Path, options: Mapping[str, Any], free: Collection[str] = FREE) -> dict[str, Any]:
+    """Make sure that a checkpoint is there and is this run's; what its options.json holds.
 
+    Args:
+        free: options that may differ.
     Raises:
-        ValueError: there is no checkpoint, it is damaged, or it is another run's (the options that differ are named).
+        ValueError: there is none, or it is another run's (the options that differ are named).
     """
     if not directory.exists():
         stale = directory.with_name(directory.name + ".old")
@@ -71,16 +78,29 @@ def load(directory: Path, policy: nn.Module, options: Mapping[str, Any], rank: i
             )
         os.replace(stale, directory)
     try:
-        saved = json.loads((directory / "options.json").read_text(encoding="utf-8"))
-        differing = {
-            name: (saved[name], value) for name, value in options.items()
-            if name not in FREE and name in saved and saved[name] != json.loads(json.dumps(value))
-        }  # fmt: skip
-        if differing:
-            told = "; ".join(f"{name} was {old!r}, is now {new!r}" for name, (old, new) in differing.items())
-            raise ValueError(
-                f"resume: the checkpoint at {directory} is another run's: {told}. Use its options, or a new --out"
-            )
+        saved: dict[str, Any] = json.loads((directory / "options.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"resume: the checkpoint at {directory} is damaged ({error}); begin a new run") from error
+    differing = {
+        name: (saved[name], value) for name, value in options.items()
+        if name not in free and name in saved and saved[name] != json.loads(json.dumps(value))
+    }  # fmt: skip
+    if differing:
+        told = "; ".join(f"{name} was {old!r}, is now {new!r}" for name, (old, new) in differing.items())
+        raise ValueError(
+            f"resume: the checkpoint at {directory} is another run's: {told}. Use its options, or a new --out"
+        )
+    return saved
+
+
+def load(directory: Path, policy: nn.Module, options: Mapping[str, Any], rank: int = 0) -> dict[str, Any]:
+    """Fill the policy's weights and return this rank's state.
+
+    Raises:
+        ValueError: there is no checkpoint, it is damaged, or it is another run's (the options that differ are named).
+    """
+    find(directory, options)
+    try:
         path = directory / f"rank{rank}.pt"
         if not path.exists():
             raise ValueError(

@@ -199,6 +199,12 @@ class TrainOptions(LoopOptions):
                 f"softmax(logits / temperature)), got temperature={self.temperature}, top_p={self.top_p}, "
                 f"top_k={self.top_k}; truncate when you evaluate"
             )
+        if min(self.env_runners, self.learners) < 0:
+            raise ValueError(f"env_runners, learners: must be at least 0, got {self.env_runners} and {self.learners}")
+        if self.engine == "local" and (self.env_runners or self.learners):
+            raise ValueError(
+                f"env_runners={self.env_runners}, learners={self.learners}: are of the rllib engine; add --engine rllib"
+            )
         if self.ptx_coef and self.ptx_data is None:
             raise ValueError(f"ptx_data: must be given with ptx_coef={self.ptx_coef}, got none")
         if self.group_size is None:
