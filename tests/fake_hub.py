@@ -21,6 +21,7 @@ class FakeHub:
         sent: bytes of content that left, by file name.
         ranges: (file name, Range header) of each content request that had one.
         cut: file name -> after how many bytes the connection breaks, once.
+        stall: file name -> after how many bytes nothing more comes; `stalled` is set then.
     """
 
     def __init__(self, repos: dict[str, dict[str, bytes]], private: tuple[str, ...] = (), gated: tuple[str, ...] = ()):
@@ -28,6 +29,8 @@ class FakeHub:
         self.sent: Counter[str] = Counter()
         self.ranges: list[tuple[str, str]] = []
         self.cut: dict[str, int] = {}
+        self.stall: dict[str, int] = {}
+        self.stalled, self._over = threading.Event(), threading.Event()
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -36,6 +39,7 @@ class FakeHub:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
+        self._over.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -125,12 +129,15 @@ class _Handler(BaseHTTPRequestHandler):
         if not body:
             return
         with hub.lock:
-            end = hub.cut.pop(name, len(content))
+            end = hub.cut.pop(name, hub.stall.get(name, len(content)))
         part = content[start:end]
         self.wfile.write(part)
         self.wfile.flush()
         with hub.lock:
             hub.sent[name] += len(part)
+        if name in hub.stall:
+            hub.stalled.set()
+            hub._over.wait()
         if end < len(content):
             self.close_connection = True
             self.connection.close()

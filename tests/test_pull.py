@@ -122,6 +122,27 @@ def test_a_broken_download_goes_on_where_it_broke(hub: FakeHub, cache: Path) -> 
     assert blob(cache, "model.safetensors").read_bytes() == content
 
 
+def test_a_new_process_keeps_whole_files_and_begins_a_broken_one_again(
+    hub: FakeHub, files: dict[str, bytes], cache: Path
+) -> None:
+    """A process dies in the middle of a shard. huggingface_hub gives each download a file of its own, so that what is
+    left of one is never taken for part of another's."""
+    name = max(weights(files))
+    hub.stall[name] = len(files[name]) // 2
+    one_at_a_time = "from huggingface_hub import snapshot_download as s; s('we/model', max_workers=1, token=False)"
+    first = start([sys.executable, "-c", one_at_a_time], environment(hub, cache))
+    assert hub.stalled.wait(100)
+    first.kill()
+    first.communicate()
+    hub.stall.clear()
+    whole = set(hub.sent) - {name}
+    assert whole
+    fetched()
+    assert hub.sent[name] == len(files[name]) // 2 + len(files[name]) and not hub.ranges
+    assert all(hub.sent[other] == len(files[other]) for other in whole), "what was there is not sent again"
+    assert blob(cache, name).read_bytes() == files[name]
+
+
 def test_pull_again_fetches_nothing_and_sees_what_is_corrupt(
     hub: FakeHub, files: dict[str, bytes], cache: Path
 ) -> None:
