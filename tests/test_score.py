@@ -117,6 +117,23 @@ def test_an_end_token_that_is_there_is_not_doubled(folders: dict[str, str], tmp_
     assert bare["log_prob"] == pytest.approx(ended["log_prob"], abs=1e-4)
 
 
+def test_every_model_is_quantised_that_is_asked_to_be(folders: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    three = {name: folders[name] for name in ("policy", "reference", "reward_model")}
+    plain = score(tmp_path, rows_of(PAIRS[:1]), **three)[0]
+    small = score(tmp_path, rows_of(PAIRS[:1]), quantization="int8", **three)[0]
+    for name in ("reward_model", "log_prob", "kl"):
+        assert small[name] != plain[name] and small[name] == pytest.approx(plain[name], abs=2), name
+
+
+def test_a_quantisation_that_is_missing_is_told(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="quantization 'int8' on cpu: torchao is not installed: pip install"):
+        score(tmp_path, rows_of(PAIRS[:1]), reward_model=folders["reward_model"], quantization="int8")
+
+
 def test_other_keys_and_windows(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"q": f"{i}" * (1 + i % 5), "a": "x" * (1 + i * 7 % 11), "n": i} for i in range(13)]
     options: dict[str, Any] = dict(prompt_key="q", response_key="a", reward_model=folders["reward_model"])

@@ -32,6 +32,7 @@ class ScoreOptions:
         batch_size: Rows of one forward pass.
         device: Default: cuda where there is one, else cpu.
         dtype: Of the weights: auto is bfloat16 on cuda and float32 on cpu.
+        quantization: Of all models: nf4, int8 or fp8.
         packing: Score rows without padding (auto: where model and device allow).
     """
 
@@ -47,6 +48,7 @@ class ScoreOptions:
     batch_size: int = 32
     device: str | None = None
     dtype: str = "auto"
+    quantization: Literal["nf4", "int8", "fp8"] | None = None
     packing: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:

@@ -118,7 +118,7 @@ def _models(options: ScoreOptions, counts: Counter[str]) -> dict[str, Score]:
         if path is not None:
             # Of a folder that misses its tokenizer or has another one, one hears before the weights are read.
             tokenizer = load_tokenizer(path)
-            model = load(ModelSpec(path, dtype=options.dtype), device)
+            model = load(ModelSpec(path, dtype=options.dtype, quantization=options.quantization), device)
             found[name] = _Scorer(name, model, tokenizer, options, counts)
     return found
 
