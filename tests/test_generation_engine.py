@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-import runpy
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 import weakref
 from pathlib import Path
@@ -24,7 +27,7 @@ from torchbandit.generation.cache import Cache, LayerShape, layer_shapes
 from torchbandit.generation.engine import Engine, bucket
 from torchbandit.generation.lanes import Lanes, advance
 from torchbandit.generation.plain import generate_plain
-from torchbandit.generation.step import Stepper, compiled_body
+from torchbandit.generation.step import Stepper, _compiled, compiled_body
 
 MANY_STOPS = tuple(range(0, 259, 7))
 
@@ -239,10 +242,27 @@ def test_layer_shape_names_what_a_token_costs() -> None:
     assert generation.bytes_per_place([LayerShape(8, 64, torch.bfloat16)] * 16, 512) == 16 * 2 * 8 * 64 * 2 * 512
 
 
-def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Tiny, so that it never rots; its own assertions are part of it."""
-    path = Path(__file__).parents[1] / "benchmarks" / "gpu" / "generate.py"
-    monkeypatch.setattr("sys.argv", [str(path), "--tiny", "--only", "b256,ragged,long"])
-    runpy.run_path(str(path), run_name="__main__")
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"b256", "ragged", "long"} <= set(found) and found["ragged"]["steps"] > 1
+def test_small_kernels_are_combined_where_the_compiler_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how) or function)
+    known = torch._inductor.list_options()
+    assert "combo_kernels" in known
+    for options in (known, [x for x in known if x != "combo_kernels"]):
+        monkeypatch.setattr(torch._inductor, "list_options", lambda options=options: options)
+        for combos in (True, False):
+            assert _compiled.__wrapped__(abs, combos)(-3) == 3
+    assert [how.get("options") for how in asked] == [{"combo_kernels": True}, None, None, None]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
+def test_a_second_process_finds_the_step_compiled(tmp_path: Path) -> None:
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    found = []
+    for _ in range(2):
+        command = [sys.executable, str(Path(__file__).parent / "compiled_step.py")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert found == [{"hit": 0, "miss": 3}, {"hit": 3, "miss": 0}]

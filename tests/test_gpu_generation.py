@@ -116,7 +116,7 @@ def test_release_frees_the_cache() -> None:
 def test_fast_ways_say_what_the_plain_compiled_step_says(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, mask = cuda_case(arch, 40)
     outs = []
-    for fast in ((), ("products",), ("writes",), ("products", "writes")):
+    for fast in ((), ("combos",), ("products",), ("writes",), ("combos", "products", "writes")):
         monkeypatch.setattr(step, "FAST", frozenset(fast))
         release(model)
         outs.append(call(model, ids, mask, Sampling(40, 0), STOPS))
@@ -135,7 +135,7 @@ def test_a_fast_way_that_fails_is_left_and_said(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(fuse.Part, "forward", broken)
-    with pytest.warns(UserWarning, match="without products, writes"):
+    with pytest.warns(UserWarning, match="without combos, products, writes"):
         out = call(model, ids, mask, Sampling(20, 0), STOPS)
     assert torch.equal(out.tokens, good.tokens)
 

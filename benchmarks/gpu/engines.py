@@ -5,8 +5,9 @@
     python benchmarks/gpu/engines.py --tiny                          # a smoke test on the CPU
 
 Places: `local` is one process, `accelerate` two of them, `R/L` RLlib with R env runners and L learners (0/0: all in
-the driver). Sizes are those of train.py: 64 prompts x 8 responses a GPU, 128 new tokens, a 410M Llama shape, a value
-head, a reference, a trivial reward. Numbers are medians of the steps after the first two. The last line is JSON.
+the driver). Sizes are those of `torchbandit bench train`: 64 prompts x 8 responses a GPU, 128 new tokens, a 410M Llama
+shape, a value head, a reference, a trivial reward. Numbers are medians of the steps after the first two. The last line
+is JSON; a place that fails is told in it, and by the exit status.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train import Work
+
+from torchbandit.bench.train import Work
 
 REWARD = """
 def odd(td):
@@ -76,7 +78,7 @@ def run(place: str, folder: Path, work: Work, steps: int) -> dict[str, Any]:
     return {"place": place, "samples_per_s": per_s, "a_process": per_s / processes, "process_s": seconds, **found}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--places", nargs="+", default=["local", "0/0"])
     parser.add_argument("--steps", type=int, default=7)
@@ -94,7 +96,8 @@ def main() -> None:
     if torch.cuda.is_available():
         result["card"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     print(json.dumps(result))
+    return int(any("error" in row for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

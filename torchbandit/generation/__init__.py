@@ -26,7 +26,7 @@ from torchbandit.generation.engine import Engine
 from torchbandit.generation.plain import generate_plain
 from torchbandit.generation.sampling import Generated, Sampling
 
-__all__ = ["Generated", "Sampling", "generate", "release"]
+__all__ = ["Generated", "Sampling", "generate", "record_s", "release"]
 
 _engines: WeakKeyDictionary[PreTrainedModel, Engine] = WeakKeyDictionary()
 _unfit: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
@@ -86,6 +86,12 @@ def generate(
 def release(model: PreTrainedModel) -> None:
     """Free the cache, and the recorded steps, that `generate` keeps for `model`; it makes them anew when called."""
     _engines.pop(model, None)
+
+
+def record_s(model: PreTrainedModel) -> float:
+    """Seconds that compiling and recording steps for `model` have taken since its engine was made; 0.0 off CUDA."""
+    engine = _engines.get(model)
+    return 0.0 if engine is None else engine.stepper.record_s
 
 
 def _engine(model: PreTrainedModel, num_rows: int, prompt_width: int, sampling: Sampling) -> Engine:

@@ -26,9 +26,10 @@ from torchbandit.generation.cache import Cache, Unfit
 from torchbandit.generation.lanes import Lanes, advance
 from torchbandit.generation.sampling import Sampling, draw
 
-FAST: frozenset[str] = frozenset({"products", "writes"})
-"""What a step adds to the compiled layer: sibling projections as one product (fuse.py), and keys and values written by
-the attention itself. The benchmark times steps with less."""
+FAST: frozenset[str] = frozenset({"combos", "products", "writes"})
+"""What a step adds to the compiled layer: small kernels that do not need each other, such as the rotations of query and
+key, as one; sibling projections as one product (fuse.py); keys and values written by the attention itself. The
+benchmark times steps with less."""
 
 
 class Stepper:
@@ -160,7 +161,7 @@ class Stepper:
 
         graph = torch.cuda.CUDAGraph()
         joint = fuse.fused(decoder_layers(model)) if "products" in self.fast else contextlib.nullcontext()
-        with decode_mode(model), compiled_body(model, self.cache), joint:
+        with decode_mode(model), compiled_body(model, self.cache, combos="combos" in self.fast), joint:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -187,7 +188,7 @@ def compiled_body(model: PreTrainedModel, cache: Cache, **how: Any) -> Iterator[
     """Inside the block the decoder layers of `model`, and what stands around them, run compiled.
 
     All layers share one compilation, so it lasts seconds for any depth: each is handed its own part of the cache, and
-    nothing that is traced tells one layer from another.
+    nothing that is traced tells one layer from another. `how`: see `_compiled`.
     """
     layers = decoder_layers(model)
     body = next(parent for parent in model.modules() if any(child is layers for child in parent.children()))
@@ -233,7 +234,9 @@ def _forward_of(kind: Any) -> Callable[..., Any]:
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], combos: bool = False, **how: Any) -> Callable[..., Any]:
+    if combos and "combo_kernels" in torch._inductor.list_options():  # young in Inductor: another torch may lack it
+        how["options"] = {"combo_kernels": True}
     compiled = torch.compile(function, dynamic=True, fullgraph=True, **how)
 
     def call(*args: Any, **kwargs: Any) -> Any:

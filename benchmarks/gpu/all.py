@@ -1,0 +1,220 @@
+"""All that is to be run on a card, in one go: tests, then measurements, what was never measured before first.
+
+    python benchmarks/gpu/all.py --out results --budget 560              # as much as 560 seconds hold
+    python benchmarks/gpu/all.py --out results --stages score-step train # some, in this order
+    python benchmarks/gpu/all.py --out results --tiny                    # everything small: also on a CPU
+    python benchmarks/gpu/all.py --list
+
+A stage is a process with a time limit. One that fails, or is ended at its limit, is told, and the next one goes on; one
+that cannot run here is left out with the reason. What a stage prints goes to DIR/log.txt as it is printed, and
+DIR/results.json, with the JSON of every stage, is written anew when one ends, so that an ended run loses nothing. The
+last lines are a table and JSON; the exit status is 1 if any stage failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+TAIL = 40
+"""Lines of a stage's output that results.json keeps; all of them are in the log."""
+
+
+class Stage(NamedTuple):
+    """What is run, and for how long at most.
+
+    Args:
+        name: of the stage; command: Python's arguments, `{tmp}` being a folder that is removed at the end.
+        limit: seconds.
+        needs: "cuda", "two GPUs", or a package. Without --tiny every stage needs CUDA.
+        tiny: arguments that make it small.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    needs: tuple[str, ...] = ()
+    tiny: tuple[str, ...] = ("--tiny",)
+
+
+def test(name: str, limit: float) -> Stage:
+    file = f"tests/test_{name}.py"
+    short = name.removeprefix("gpu_").replace("_", "-")
+    return Stage(f"test-{short}", ("-m", "pytest", "-q", "-rs", file), limit, ("cuda", "pytest"), ())
+
+
+def bench(what: str, rows: Sequence[str] = (), limit: float = 120, needs: tuple[str, ...] = ()) -> Stage:
+    asked = ("--rows", *rows) if rows else ()
+    return Stage("-".join((what, *rows)), ("-m", "torchbandit", "bench", what, *asked), limit, needs)
+
+
+def script(name: str, file: str, *argv: str, limit: float, needs: tuple[str, ...] = ()) -> Stage:
+    return Stage(name, (f"benchmarks/gpu/{file}.py", *argv), limit, needs)
+
+
+STAGES = (
+    test("gpu_generation", 180), test("generation_kernels", 150), test("gpu_scoring", 240), test("gpu_quant", 240),
+    bench("generate", ["exact"], 90), bench("generate", ["long"], 120), bench("generate", ["small"], 60),
+    bench("score", ["step"]), bench("score", ["groups"]), bench("score", ["flat"]), bench("score", ["rm7b"], 150),
+    script("decode", "generate", limit=240), script("decode-kernels", "decode_kernels", limit=90),
+    script("precision", "precision", "--out", "{tmp}/learned", limit=330),
+    script("engines", "engines", "--places", "local", "0/0", limit=240, needs=("ray",)),
+    script("engines-two", "engines", "--places", "local", "accelerate", "2/2", limit=400, needs=("two GPUs", "ray")),
+    bench("rllib", limit=180, needs=("ray",)), bench("step"),
+    test("gpu_losses", 90), test("gpu_rewards", 90), test("gpu_prompts", 60),
+    bench("score", ["rm"]), bench("score", ["ref"], 150), bench("score", ["grad"], 180),
+    bench("generate", ["b256", "b1024"], 150), bench("generate", ["ragged"], 90), bench("train", limit=150),
+)  # fmt: skip
+
+
+def lacking(stage: Stage, tiny: bool) -> str | None:
+    """Why a stage cannot run here, or None."""
+    import torch
+
+    for need in stage.needs if tiny else ("cuda", *stage.needs):
+        if need in ("cuda", "two GPUs"):
+            have, want = torch.cuda.device_count(), 2 if need == "two GPUs" else 1
+            if have < want:
+                return f"needs {'a CUDA device' if want == 1 else need}, {have} are here"
+        elif importlib.util.find_spec(need) is None:
+            return f"{need} is not installed"
+    return None
+
+
+def run(stages: Sequence[Stage], out: Path, *, tiny: bool, budget: float) -> dict[str, Any]:
+    """Run the stages one after the other; returns what results.json holds: seconds, rc, tail and JSON by stage."""
+    out.mkdir(parents=True, exist_ok=True)
+    told: dict[str, Any] = {"tiny": tiny, "budget_s": budget, "stages": {}, "left_out": {}}
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as tmp, (out / "log.txt").open("ab") as log:
+        for stage in stages:
+            left = budget - (time.monotonic() - begin)
+            why = lacking(stage, tiny) or ("no time was left" if left < min(10, stage.limit) else None)
+            if why is None:
+                told["stages"][stage.name] = {"running": True}
+                write(out, told)
+                told["stages"][stage.name] = found = one(stage, log.fileno(), out, tmp, tiny, min(stage.limit, left))
+                print(f"{stage.name}: {verdict(found)} in {found['seconds']:.0f} s", flush=True)
+            else:
+                told["left_out"][stage.name] = why
+                print(f"left out: {stage.name}: {why}", flush=True)
+            write(out, told)
+    return told
+
+
+def one(stage: Stage, log: int, out: Path, tmp: str, tiny: bool, limit: float) -> dict[str, Any]:
+    """Run a stage, in a process group of its own so that all it started ends with it."""
+    argv = [x.replace("{tmp}", tmp) for x in (*stage.command, *(stage.tiny if tiny else ()))]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    os.write(log, f"\n=== {stage.name}: {' '.join(argv)}\n".encode())
+    at, begin = (out / "log.txt").stat().st_size, time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *argv], cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
+    )  # fmt: skip
+    try:
+        rc: int | None = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        rc = None
+    finally:
+        end(process)
+    seconds = time.monotonic() - begin
+    with (out / "log.txt").open("rb") as file:
+        file.seek(at)
+        lines = file.read().decode(errors="replace").splitlines()
+    result = next((found for line in reversed(lines) if (found := parsed(line)) is not None), None)
+    tail = [line[:300] for line in lines if parsed(line) is None][-TAIL:]
+    return {"rc": rc, "seconds": seconds, "limit": limit, "command": argv, "result": result, "tail": tail}
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ask the stage's processes to end, then make them."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(5)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def parsed(line: str) -> dict[str, Any] | None:
+    """The JSON of a last line, None where a line is none."""
+    if line.startswith("{"):
+        try:
+            found: dict[str, Any] = json.loads(line)
+            return found
+        except ValueError:
+            pass
+    return None
+
+
+def verdict(found: dict[str, Any]) -> str:
+    return "ended at its limit" if found["rc"] is None else "ok" if found["rc"] == 0 else f"failed ({found['rc']})"
+
+
+def figures(found: dict[str, Any]) -> list[str]:
+    """What a stage found, in few words: lines of a benchmark, steps of the study, or the last that was printed."""
+    result, told = found["result"] or {}, []
+    for line in result.get("lines", []):
+        part = f"{line['work']}: {line['rate']:,.0f} {line['unit']}"
+        part += f", {line['percent']:.0f}%" if line["percent"] is not None else ""
+        part += f", {line['best']['ratio']:.2f} x {line['best']['name']}" if line["best"] else ""
+        told.append(part)
+    if result and found["command"][0].endswith("generate.py"):
+        told += [
+            f"{name}: {row['limit_ms']:.3f} ms by bytes, ways {row['ways_ms']}" for name, row in result["rows"].items()
+        ]
+    return told or [line.strip() for line in found["tail"] if line.strip()][-2:]
+
+
+def table(told: dict[str, Any]) -> str:
+    rows = []
+    for name, found in told["stages"].items():
+        rows.append(f"{name:24} {verdict(found):20} {found['seconds']:6.0f} s")
+        rows += [f"{'':24} {text[:180]}" for text in figures(found)]
+    return "\n".join(rows + [f"{name:24} left out: {why}" for name, why in told["left_out"].items()])
+
+
+def write(out: Path, told: dict[str, Any]) -> None:
+    """All at once: a reader, or an end at any moment, finds a whole file."""
+    (out / "results.json.new").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    (out / "results.json.new").replace(out / "results.json")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for results.json and log.txt")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds for all stages together")
+    parser.add_argument("--stages", nargs="+", choices=[stage.name for stage in STAGES], metavar="STAGE")
+    parser.add_argument("--tiny", action="store_true", help="small shapes: does it run")
+    parser.add_argument("--list", action="store_true", help="name the stages, and those that cannot run here")
+    asked = parser.parse_args()
+    by_name = {stage.name: stage for stage in STAGES}
+    stages = [by_name[name] for name in asked.stages or by_name]
+    if asked.list:
+        for stage in stages:
+            print(f"{stage.name:24} {lacking(stage, asked.tiny) or f'at most {stage.limit} s'}")
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage under way is ended, too
+    told = run(stages, asked.out, tiny=asked.tiny, budget=asked.budget)
+    print(table(told))
+    ended = {name: {key: found[key] for key in ("rc", "seconds")} for name, found in told["stages"].items()}
+    print(json.dumps({"stages": ended, "left_out": told["left_out"], "results": str(asked.out / "results.json")}))
+    return int(any(found["rc"] != 0 for found in told["stages"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
