@@ -18,7 +18,7 @@ import torch
 from fakes import ARCHS, tiny_lm
 from test_generation import STOPS, hf_greedy, prompts, rescore, seeded
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, MambaConfig, OPTConfig, PreTrainedModel
 
 import torchbandit.generation as generation
 from torchbandit.generation import Generated, Sampling, generate, release
@@ -169,6 +169,47 @@ def test_a_model_with_a_sliding_window_takes_the_plain_loop_and_says_so_once() -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same(out, call(model, ids, mask, Sampling(20, 0)))
+
+
+SMALL = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=259, intermediate_size=64,
+    max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8), "Gemma2Attention uses softcap"),
+        (OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32), "OPTForCausalLM does not decode from a cache"),
+        (BloomConfig(**SMALL, n_head=4, n_layer=2), "has attention that is not plain"),
+        (MambaConfig(**SMALL), "has attention that is not plain"),
+    ],
+    ids=lambda x: getattr(x, "model_type", ""),
+)
+def test_what_the_fast_path_cannot_take_falls_back_and_says_so_once(config: Any, says: str) -> None:
+    torch.manual_seed(0)
+    model, (ids, mask) = AutoModelForCausalLM.from_config(config).eval(), prompts(6)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=0.2)
+    want = hf_greedy(model, ids, mask, 12, STOPS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outs = [call_greedy(model, ids, mask, 1), call_greedy(model, ids, mask, 1)]
+        rows = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
+        siblings = call_greedy(model, *rows, 2)
+    said = [str(warning.message) for warning in caught if "plain loop" in str(warning.message)]
+    assert len(said) == 1 and says in said[0], said
+    assert all(torch.equal(out.tokens, want) for out in outs)
+    assert torch.equal(siblings.tokens, want.repeat_interleave(2, 0))
+
+
+def call_greedy(model: PreTrainedModel, ids: Tensor, mask: Tensor, group_size: int) -> Generated:
+    return generate(
+        model, ids, mask, Sampling(12, 0), stop_ids=STOPS, pad_id=0, generator=None, group_size=group_size
+    )  # fmt: skip
 
 
 def test_the_attention_of_the_model_is_given_back() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from torchbandit.generation import Sampling, fuse
 from torchbandit.generation.attention import decode_mode
-from torchbandit.generation.cache import Cache, layer_shapes
+from torchbandit.generation.cache import Cache, Unfit, layer_shapes
 from torchbandit.generation.engine import Engine
 from torchbandit.generation.lanes import Lanes
 from torchbandit.generation.step import Stepper, compiled_body, decoder_layers
@@ -206,3 +206,17 @@ def test_a_step_that_cannot_be_recorded_fused_is_recorded_plain(monkeypatch: pyt
         made: Any = stepper._record(model, 2)
     assert made == "recorded" and [len(fast) for fast in tried] == [3, 0]
     assert lanes.place.tolist() == [0, 1, 2, 3] and lanes.active.all()
+
+
+def test_a_step_that_cannot_be_recorded_at_all_is_unfit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cpu = tiny_lm(), torch.device("cpu")
+    with torch.no_grad():
+        stepper = Stepper(Cache(layer_shapes(model, 64), 4, 64, cpu), Lanes(4, 8, cpu))
+
+    def record(*_: object) -> None:
+        raise RuntimeError("the compiler would not")
+
+    monkeypatch.setattr(Stepper, "_rehearse_and_record", record)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pytest.warns(UserWarning), pytest.raises(Unfit, match="of LlamaForCausalLM cannot be recorded: the compiler"):
+        stepper._record(model, 2)

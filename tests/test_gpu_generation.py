@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from fakes import ARCHS, tiny_lm
 from test_generation import STOPS, chi_square_of_first_tokens, hf_greedy, prompts, rescore
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
 
 import torchbandit.generation as generation
 from torchbandit.generation import Generated, Sampling, fuse, generate, release, step
@@ -59,7 +61,7 @@ def test_kept_log_probs_equal_a_rescore(arch: str) -> None:
 
 def test_the_batch_shrinks_to_smaller_graphs_and_freed_places_are_taken() -> None:
     model, ids, mask = cuda_case(rows=90)
-    call(model, ids, mask, Sampling(80, places=32))
+    call(model, ids, mask, Sampling(80, places=32), tuple(range(0, 259, 20)))  # of which some run long
     steps = generation._engines[model].steps
     assert steps == sorted(steps, reverse=True) and steps[0] == 32 and steps[-1] == 8
 
@@ -101,8 +103,29 @@ def test_no_wait_for_the_device_in_a_token() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_the_host_looks_every_eighth_token_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, mask = cuda_case(rows=40)
+    ask = Sampling(80, places=16)
+    call(model, ids, mask, ask)
+    waits, honest = [], torch.cuda.Event.synchronize
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: (waits.append(event), honest(event)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call(model, ids, mask, ask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    steps = len(generation._engines[model].steps)
+    assert 0 < len(waits) <= steps / 8, (len(waits), steps)
+    told = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(told) <= 2, told  # the lengths of the prompts, and the setting of the mode itself
+
+
 def test_release_frees_the_cache() -> None:
     model, ids, mask = cuda_case()
+    call(model, ids, mask, Sampling(8), ())  # what the libraries keep for each stream is there from now on
+    release(model)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     call(model, ids, mask, Sampling(200), ())
@@ -114,6 +137,7 @@ def test_release_frees_the_cache() -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_fast_ways_say_what_the_plain_compiled_step_says(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()  # the compiler keeps a few versions of a layer, and each way is one
     model, ids, mask = cuda_case(arch, 40)
     outs = []
     for fast in ((), ("combos",), ("products",), ("writes",), ("combos", "products", "writes")):
@@ -124,12 +148,14 @@ def test_fast_ways_say_what_the_plain_compiled_step_says(arch: str, monkeypatch:
     for out in outs[1:]:
         assert torch.equal(out.tokens, outs[0].tokens)
         torch.testing.assert_close(out.log_probs, outs[0].log_probs, rtol=1e-3, atol=1e-3)
+    torch._dynamo.reset()
 
 
 def test_a_fast_way_that_fails_is_left_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, mask = cuda_case()
     good = call(model, ids, mask, Sampling(20, 0), STOPS)
     release(model)
+    torch._dynamo.reset()  # or the layer as it was compiled would do
 
     def broken(*_: object) -> None:
         raise RuntimeError("no such luck")
@@ -152,3 +178,18 @@ def test_fewer_places_than_rows_where_memory_is_short(monkeypatch: pytest.Monkey
     assert max(generation._engines[model].steps) == 15
     torch.testing.assert_close(out.log_probs, rescore(model, ids, mask, out, 1.0), rtol=1e-3, atol=1e-3)
     assert torch.equal(out.tokens, whole.tokens)
+
+
+def test_what_the_fast_path_cannot_take_falls_back() -> None:
+    """The reason is found before anything is compiled."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=259,
+        intermediate_size=64, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids, mask = (x.cuda() for x in prompts(12))
+    with pytest.warns(UserWarning, match="plain loop: Gemma2Attention uses softcap"):
+        out = call(model, ids, mask, Sampling(20, 0.8))
+    torch.testing.assert_close(out.log_probs, rescore(model, ids, mask, out, 0.8), rtol=1e-3, atol=1e-3)

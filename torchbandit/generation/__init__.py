@@ -109,8 +109,10 @@ def _engine(model: PreTrainedModel, num_rows: int, prompt_width: int, sampling: 
     all_that_is_free = False
     if sampling.places is None and model.device.type == "cuda":
         places, all_that_is_free = _affordable(shapes, need, places, model.device)
-    _engines[model] = engine = Engine(shapes, places, need, width, model.device, dtype=model.dtype)
+    engine = Engine(shapes, places, need, width, model.device, dtype=model.dtype)
     engine.all_that_is_free = all_that_is_free
+    engine.stepper.probe(model)
+    _engines[model] = engine
     return engine
 
 

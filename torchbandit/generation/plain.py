@@ -1,6 +1,12 @@
-"""A batched decode loop over any transformers causal LM: its own forward, its own growing cache."""
+"""A batched decode loop over any transformers causal LM: its own forward, its own growing cache.
+
+A model that keeps nothing in the cache it is handed (some recurrent ones have a way of their own) reads the whole row
+again for each token: slow, and right.
+"""
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -35,9 +41,14 @@ def generate_plain(
         logits_to_keep=1,
     )  # fmt: skip
     logits = out.logits[:, -1]
+    kept = any(isinstance(x, Tensor) for layer in cache.layers for x in vars(layer).values())
+    if not kept:
+        name = type(model).__name__
+        warnings.warn(f"{name} leaves the cache that it is given empty: each token reads its whole row", stacklevel=2)
     if group_size > 1:
-        cache.batch_repeat_interleave(group_size)
-        logits, mask, length = (x.repeat_interleave(group_size, 0) for x in (logits, mask, length))
+        if kept:
+            cache.batch_repeat_interleave(group_size)
+        ids, logits, mask, length = (x.repeat_interleave(group_size, 0) for x in (ids, logits, mask, length))
     P = mask.shape[1]
     seen = torch.cat((mask, mask.new_ones(B, T)), 1).long()  # what a token may attend to, sliced as the cache grows
 
@@ -54,10 +65,18 @@ def generate_plain(
         running = running & ~is_stop(token, stop_ids)
         if t == T - 1 or ((t + 1) % look_every == 0 and stop_ids and not running.any()):
             break
-        out = model(
-            input_ids=token.unsqueeze(1), attention_mask=seen[:, : P + t + 1],
-            position_ids=(length + t).unsqueeze(1), past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+        upto = seen[:, : P + t + 1]
+        if kept:
+            out = model(
+                input_ids=token.unsqueeze(1), attention_mask=upto, position_ids=(length + t).unsqueeze(1),
+                past_key_values=cache, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+        else:
+            ids = torch.cat((ids, token.unsqueeze(1)), 1)
+            out = model(
+                input_ids=ids, attention_mask=upto, position_ids=(upto.cumsum(-1) - 1).clamp_min(0), use_cache=False,
+                logits_to_keep=1,
+            )  # fmt: skip
         logits = out.logits[:, -1]
     return Generated(tokens, alive, log_probs, ~running)
 

@@ -68,6 +68,20 @@ class Stepper:
                 self._weights = weights
                 self._graphs.clear()
 
+    def probe(self, model: PreTrainedModel) -> None:
+        """Run the model over one lane, nothing compiled, before anything is worth keeping.
+
+        Raises:
+            Unfit: it does not run; within a compiled step the reason would be harder to tell.
+        """
+        try:
+            with decode_mode(model):
+                self._logits(model, 1, 1 if self.host_bound else None, True)
+        except (Unfit, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise Unfit(f"{type(model).__name__} does not decode from a cache of this kind: {error}") from error
+
     def __call__(self, model: PreTrainedModel, n: int, used: int, in_order: bool) -> None:
         """One token for each active lane of the first n.
 
@@ -136,16 +150,16 @@ class Stepper:
             lanes.place.fill_(lanes.places)
             lanes.active.fill_(False)
             lanes.length.fill_(0)
-            try:
-                return self._rehearse_and_record(model, n)
-            except (Unfit, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                if not self.fast:
+            while True:
+                try:
+                    return self._rehearse_and_record(model, n)
+                except (Unfit, torch.OutOfMemoryError):
                     raise
-                warnings.warn(f"generation runs without {', '.join(sorted(self.fast))}: {error}", stacklevel=2)
-                self.fast = frozenset()
-                return self._rehearse_and_record(model, n)
+                except Exception as error:
+                    if not self.fast:
+                        raise Unfit(f"a step of {type(model).__name__} cannot be recorded: {error}") from error
+                    warnings.warn(f"generation runs without {', '.join(sorted(self.fast))}: {error}", stacklevel=2)
+                    self.fast = frozenset()
         finally:
             for x, old in zip(state, before, strict=True):
                 x.copy_(old)
@@ -162,7 +176,7 @@ class Stepper:
         graph = torch.cuda.CUDAGraph()
         joint = fuse.fused(decoder_layers(model)) if "products" in self.fast else contextlib.nullcontext()
         with decode_mode(model), compiled_body(model, self.cache, combos="combos" in self.fast), joint:
-            side = torch.cuda.Stream()
+            side = _side_stream(self.lanes.device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 step()
@@ -173,6 +187,12 @@ class Stepper:
                 logits = step()
         self._pool = self._pool or graph.pool()
         return graph, logits
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all rehearsals: the product library keeps a workspace for every stream that it ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
