@@ -198,6 +198,8 @@ def logits_of(engine: Engine, model: Any, rows: int, length: int) -> Tensor:
 
 def halves(self: step.Stepper, model: Any, n: int, used: int | None, in_order: bool) -> Tensor:
     """`Stepper._logits` in two halves on two streams; joining their logits is part of what it costs."""
+    if n == 1:
+        return LOGITS(self, model, n, used, in_order)
     whole, made = self.lanes, []
     streams = [None, torch.cuda.Stream() if self.cuda else None]
     if streams[1] is not None:
