@@ -130,11 +130,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with hub.lock:
             end = hub.cut.pop(name, hub.stall.get(name, len(content)))
-        part = content[start:end]
+            part = content[start:end]
+            hub.sent[name] += len(part)  # before the client has it, so that no one looks too early
         self.wfile.write(part)
         self.wfile.flush()
-        with hub.lock:
-            hub.sent[name] += len(part)
         if name in hub.stall:
             hub.stalled.set()
             hub._over.wait()

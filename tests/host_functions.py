@@ -40,7 +40,7 @@ def by_word(prompts: list[str], completions: list[str]) -> list[object]:
         if text == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
         if text == "hang":
-            time.sleep(60)
+            time.sleep(300)
         if text == "locked":  # holds the interpreter's lock for hours
             re.match(r"(a+)+$", "a" * 60 + "b")
         if text == "short" and len(completions) == 1:
@@ -49,9 +49,13 @@ def by_word(prompts: list[str], completions: list[str]) -> list[object]:
     return out
 
 
-def nap(prompts: list[str], completions: list[str]) -> list[float]:
-    time.sleep(1.0)
-    return [0.0] * len(prompts)
+def meet(prompts: list[str], completions: list[str]) -> list[float]:
+    """Says that it runs, and ends only once the model has said so too; the prompt is the folder of their notes."""
+    folder = Path(prompts[0])
+    (folder / "host").touch()
+    while not (folder / "model").exists():
+        time.sleep(0.01)
+    return [1.0] * len(prompts)
 
 
 def has_torch(prompts: list[str], completions: list[str]) -> list[float]:
@@ -69,9 +73,9 @@ def sizes(prompts: list[str], completions: list[str]) -> list[float]:
 
 def leave_child(prompts: list[str], completions: list[str]) -> list[float]:
     """Starts a process of its own, writes its id where the prompt says, and hangs."""
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["sleep", "300"])
     Path(prompts[0]).write_text(str(child.pid))
-    time.sleep(60)
+    time.sleep(300)
     return [0.0]
 
 

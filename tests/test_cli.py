@@ -215,6 +215,8 @@ def test_train_without_a_policy_is_the_demo(commands: Callable[..., Any]) -> Non
 
     options = commands("train", ["--steps", "3", "--ptx-coef", "0"])
     assert (options.steps, options.ptx_coef, options.policy) == (3, 0.0, str(demo.SFT))
+    assert options.out == "runs/demo" and commands("train", ["--name", "mine"]).out == "runs/mine"
+    assert commands("train", ["--name", "mine", "--out", "there"]).out == "there"
     with pytest.raises(ValueError, match="policy: must be given with prompts"):
         commands("train", ["--prompts", "mine.jsonl"])
 

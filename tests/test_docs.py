@@ -6,6 +6,7 @@ out with `<!-- not run: why -->`, which skips it aloud.
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -88,6 +89,16 @@ def test_every_page_is_in_the_contents_and_no_link_is_dead() -> None:
             assert page.name in contents, f"{page.name} is missing in mkdocs.yml"
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_tables_and_lists_begin_after_a_blank_line() -> None:
+    """GitHub shows them all the same; mkdocs shows them as text."""
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        for before, line in itertools.pairwise(text.splitlines()):
+            for mark in ("| ", "- "):
+                begins = line.startswith(mark) and not before.startswith((mark, "|", " ", "#"))
+                assert not (begins and before), f"{page.name}: a blank line must stand before {line!r}"
 
 
 def test_the_tree_in_the_readme_is_the_package() -> None:

@@ -125,7 +125,6 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("policy")
     tiny_lm().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    torch.set_num_threads(1)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield str(folder)
     ray.shutdown()

@@ -107,13 +107,11 @@ def test_without_a_prompt_set_prompts_are_decoded(close):
 
 
 def test_each_failure_has_its_reason_and_spoils_no_other_row(close):
-    term = close(HostReward(fns.by_word, TOKENIZER, timeout_s=1.0, chunk_size=16))
+    term = close(HostReward(fns.by_word, TOKENIZER, timeout_s=3.0, chunk_size=16))
     bad = ["raise", "none", "nan", "text", "huge", "short", "crash", "hang", "exit"]
     td = batch([word for pair in zip(bad, ["fine"] * len(bad), strict=True) for word in pair] + ["true"])
     pipeline = RewardPipeline(term, tokenizer=TOKENIZER)
-    started = time.monotonic()
     out = pipeline(td)
-    assert time.monotonic() - started < 30
     # "short" returns [] only when it is alone, as every row of a failed chunk is
     assert out["unscorable"].tolist() == [True, False] * len(bad) + [False]
     assert out["reward"][1::2].flatten().tolist() == [1.0] * len(bad)
@@ -125,7 +123,7 @@ def test_each_failure_has_its_reason_and_spoils_no_other_row(close):
 
 
 def test_a_call_that_holds_the_interpreters_lock_is_ended(close):
-    term = close(HostReward(fns.by_word, TOKENIZER, timeout_s=0.5, num_workers=1))
+    term = close(HostReward(fns.by_word, TOKENIZER, timeout_s=2.0, num_workers=1))
     assert RewardPipeline(term)(batch(["locked", "fine"]))["unscorable"].tolist() == [True, False]
     assert term.failures == {"timeout": 1}
 
@@ -133,30 +131,35 @@ def test_a_call_that_holds_the_interpreters_lock_is_ended(close):
 def test_killing_a_worker_kills_what_it_started(close, tmp_path):
     note = tmp_path / "pid"
     prompts = PromptSet.from_texts([str(note)], TOKENIZER, max_length=400)
-    term = close(HostReward(fns.leave_child, TOKENIZER, timeout_s=1.0, num_workers=1))
+    term = close(HostReward(fns.leave_child, TOKENIZER, timeout_s=3.0, num_workers=1))
     assert RewardPipeline(term, prompts=prompts)(batch(["y"], prompts))["unscorable"].all()
-    assert gone([int(note.read_text())], 2.0)
+    assert gone([int(note.read_text())], 60.0)
 
 
-def test_overlaps_with_the_models(close):
-    """1 s on the host beside 1 s on the device takes about 1 s, in either order of the terms."""
-    term = close(HostReward(fns.nap, TOKENIZER, num_workers=1))
+@pytest.mark.parametrize("first", ["host", "model"])
+def test_overlaps_with_the_models(close, tmp_path, first):
+    """The function ends only while the model runs, and the model only while the function does, in either order."""
+    term = close(HostReward(fns.meet, TOKENIZER, num_workers=1, timeout_s=60.0))
+    prompts = PromptSet.from_texts([str(tmp_path)], TOKENIZER, max_length=400)
 
     def model(td):
-        time.sleep(1.0)
-        return torch.zeros(2)
+        end = time.monotonic() + 60
+        while not (tmp_path / "host").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        (tmp_path / "model").touch()
+        return torch.full((2,), float((tmp_path / "host").exists()))
 
-    for terms in ([term, model], [model, term]):
-        started = time.monotonic()
-        RewardPipeline(terms)(batch(["a", "b"]))
-        assert time.monotonic() - started < 1.9
+    terms = [term, model] if first == "host" else [model, term]
+    assert RewardPipeline(terms, prompts=prompts)(batch(["a", "b"], prompts))["reward"].tolist() == [[2.0], [2.0]]
 
 
 def test_all_workers_take_part_and_chunks_are_bounded(close):
     term = close(HostReward(fns.process_id, TOKENIZER, num_workers=2))
     out = RewardPipeline(term)(batch(["a"] * 6))
-    time.sleep(0.5)  # a slow start of the second worker must not decide the test
-    out = RewardPipeline(term)(batch(["a"] * 6))
+    for _ in range(200):  # a slow start of the second worker must not decide the test
+        if len(out["reward"].unique()) == 2:
+            break
+        out = RewardPipeline(term)(batch(["a"] * 6))
     assert set(out["reward"].flatten().int().tolist()) <= set(workers(term))
     assert len(out["reward"].unique()) == 2
     term = close(HostReward(fns.sizes, TOKENIZER, num_workers=2, chunk_size=4))
@@ -217,7 +220,7 @@ def test_close_and_garbage_collection_leave_no_process():
     assert all(map(alive, pids))
     pipeline.close()
     pipeline.close()
-    assert gone(pids, 0.0)
+    assert gone(pids, 0.0)  # close waits for their end
     assert pipeline(batch(["abc"]))["reward"].item() == 3.0  # it opens again when used again
     pids = workers(term)
     del term, pipeline
@@ -226,17 +229,17 @@ def test_close_and_garbage_collection_leave_no_process():
 
 
 def test_another_terms_error_cancels_the_job(close):
-    term = close(HostReward(fns.by_word, TOKENIZER, timeout_s=30.0, num_workers=1))
+    term = close(HostReward(fns.by_word, TOKENIZER, timeout_s=200.0, num_workers=1))
 
     def wrong(td):
         raise KeyError("another term")
 
-    started = time.monotonic()
+    started = time.monotonic()  # with the function's limit of 200 s to wait for
     with pytest.raises(KeyError, match="another term"):
         RewardPipeline([term, wrong])(batch(["hang"]))
     assert not any(worker.rows for worker in term._pool._workers)  # at once, not only when the next batch comes
     assert RewardPipeline(term)(batch(["fine"]))["reward"].item() == 1.0
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 100
 
 
 HANGING = """
@@ -267,7 +270,7 @@ def _env() -> dict[str, str]:
 )
 def test_no_process_outlives_the_parent(sig, word):
     """Ctrl-C ends the workers at once; after a kill an idle worker sees its pipe end, a busy one meets its alarm."""
-    script = textwrap.dedent(HANGING).format(timeout=60 if sig == signal.SIGINT else 1.5, word=word)
+    script = textwrap.dedent(HANGING).format(timeout=250 if sig == signal.SIGINT else 1.5, word=word)
     parent = subprocess.Popen(
         [sys.executable, "-c", script], env=_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -275,7 +278,8 @@ def test_no_process_outlives_the_parent(sig, word):
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2
     assert parent.stdout.readline() == "running\n"
-    time.sleep(0.3)
+    time.sleep(0.3)  # so that, mostly, the worker is busy; idle it must end all the same
     parent.send_signal(sig)
-    parent.communicate(timeout=20)
-    assert gone(pids, 0.5 if sig == signal.SIGINT else 6.0)
+    parent.communicate(timeout=200)
+    # Ctrl-C: their limit of 250 s would end them later than this.
+    assert gone(pids, 60.0)

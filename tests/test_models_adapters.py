@@ -20,7 +20,6 @@ from torchbandit.models.offload import plain_tensors
 from torchbandit.scoring import log_probs, sequence_scores
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
-torch.set_num_threads(1)
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 SIZES = dict(hidden_size=64, intermediate_size=128)
 

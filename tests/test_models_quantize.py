@@ -16,8 +16,6 @@ from torchbandit.models import ModelSpec, load_causal_lm, load_reward_model, qua
 from torchbandit.models.estimate import weight_bytes
 from torchbandit.scoring import log_probs, make_plan, sequence_scores
 
-torch.set_num_threads(1)
-
 SIZES = dict(hidden_size=64, intermediate_size=128)  # bitsandbytes takes its weights 64 at a time
 
 
@@ -50,7 +48,7 @@ def test_trap_13_heads_embeddings_and_norms_stay(kind: str, folders: dict[str, P
     rm = load_reward_model(ModelSpec(folders["rm"], quantization=kind), "cpu")
     for model, head in ((lm, "lm_head"), (rm, "score")):
         found = quantized_names(model)
-        assert found == quantize.inside_layers(model) and len(found) == 14, "seven matrices in each of two layers"
+        assert found == set(quantize.inside_layers(model)) and len(found) == 14, "seven matrices in each of two layers"
         weight = model.get_submodule(head).weight
         assert type(weight.data) is torch.Tensor and weight.dtype == torch.float32
         assert model.get_input_embeddings().weight.dtype == model.model.norm.weight.dtype == torch.float32
@@ -137,7 +135,7 @@ def test_a_model_without_linear_layers_is_refused(kind: str, folders: dict[str, 
 @pytest.mark.parametrize("kind", [asks("nf4")])
 def test_nf4_on_the_cpu_names_a_size_it_cannot_take(kind: str, tmp_path: Path) -> None:
     tiny_lm(hidden_size=96).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="multiple of 64, got 96 in model.layers.0"):
+    with pytest.raises(ValueError, match="multiple of 64, got 96 in model.layers.0.self_attn.q_proj"):
         load_causal_lm(ModelSpec(tmp_path, quantization=kind, dtype="bfloat16"), "cpu")
 
 

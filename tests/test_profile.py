@@ -18,7 +18,6 @@ from torchbandit.profile.options import ProfileOptions
 from torchbandit.profile.report import table
 from torchbandit.profile.rows import Rows, read
 
-torch.set_num_threads(1)
 FAST = {"min_seconds": 0.0, "device": "cpu"}
 
 

@@ -48,7 +48,6 @@ class HubEnv(ToyEnv):
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     """Two nodes with two HF_HOMEs: each with a reward model and a policy of its own, and one more model."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("nodes")
     homes = [folder / "home0", folder / "home1"]
     for seed, home in enumerate(homes):

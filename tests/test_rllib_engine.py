@@ -30,7 +30,6 @@ FILES = {"metrics.jsonl", "curve.png", "samples.md", "evaluation.json", "policy"
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments of a run on files of one's own."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("toy")
     paths = make_models(folder)
     prompts = folder / "prompts.jsonl"

@@ -87,7 +87,6 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    torch.set_num_threads(1)
     # Ray would set OMP_NUM_THREADS to an actor's CPUs where nobody has set it.
     env = {"env_vars": {"OMP_NUM_THREADS": "3"}}
     quiet: dict[str, Any] = dict(include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -25,7 +25,6 @@ from torchbandit.scoring import (
 )
 from torchbandit.testing.host_copy import count_host_copies, no_host_copy
 
-torch.set_num_threads(1)
 TOL = {"atol": 2e-5, "rtol": 1e-4}
 LAYOUTS = ("padded", "sorted", "packed", "shared")
 

@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 from torchbandit.scoring import compiled, log_probs, sequence_scores
 from torchbandit.scoring.forward import hidden_states
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torchbandit.scoring import last_layer, log_probs, prepare, sequence_scores
 from torchbandit.scoring.routes import route_of
 
-torch.set_num_threads(1)
-
 
 def seen(module: nn.Module) -> list[int]:
     """How many tokens each call of `module` gets."""

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from torchbandit.scoring import log_probs, make_plan, prepare, sequence_scores
 
-torch.set_num_threads(1)
 ARGS = naive.tensors(fake_batch())
 LONGEST = int((ARGS[1].sum(1) + ARGS[3].sum(1)).max())
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 259}

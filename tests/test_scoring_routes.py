@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from torchbandit.scoring import log_probs, make_plan, routes
 from torchbandit.scoring.heads import Head
 
-torch.set_num_threads(1)
 SMALL: dict[str, Any] = {
     "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": None, "bos_token_id": None,

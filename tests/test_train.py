@@ -20,7 +20,8 @@ from torchbandit.generation import Sampling
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.prompts import PromptSet
 from torchbandit.testing.host_copy import count_host_copies
-from torchbandit.train import checkpoint
+from torchbandit.train import checkpoint, report
+from torchbandit.train.evaluate import Evaluation, Sample
 from torchbandit.train.loop import BanditTrainer, RunStopped, schedule_factor
 from torchbandit.train.options import LoopOptions, TrainOptions
 from torchbandit.train.run import train
@@ -240,12 +241,44 @@ def test_a_run_leaves_what_it_promises_and_resumes_bit_for_bit(folders, tmp_path
         train(options_for(folders, whole, resume=True, lr=0.01, steps=6))
     with pytest.raises(ValueError, match="has done its 4 steps"):
         train(options_for(folders, whole, resume=True))
+    saved = whole / "checkpoint" / "options.json"
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"processes": 2}))
+    with pytest.raises(ValueError, match="another run's: processes was 2, is now 1"):
+        train(options_for(folders, whole, resume=True, steps=6))
     with pytest.raises(ValueError, match="no checkpoint at"):
         train(options_for(folders, tmp_path / "nothing", resume=True))
 
 
+def test_a_run_that_was_stopped_at_its_end_is_finished_by_resuming(folders, tmp_path, monkeypatch):
+    """All steps are done, but the last evaluation was interrupted: nothing more is trained, the rest is written."""
+    options = options_for(folders, tmp_path / "run", steps=2)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(report, "write_curve", interrupted)
+        train(options)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert not report.is_finished(tmp_path / "run" / "evaluation.json")
+    train(options_for(folders, tmp_path / "run", steps=2, resume=True))
+    assert (tmp_path / "run" / "curve.png").exists() and (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+    with pytest.raises(ValueError, match="has done its 2 steps"):
+        train(options_for(folders, tmp_path / "run", steps=2, resume=True))
+
+
+def test_numbers_that_are_none_are_null_in_the_files(tmp_path):
+    sample = Sample("p", "r", {"term": math.nan})
+    path = tmp_path / "evaluation.json"
+    report.write_evaluation(path, Evaluation({"term": math.nan, "kl": 0.5}, [sample]), None)
+    assert json.loads(path.read_text())["before"]["metrics"] == {"term": None, "kl": 0.5}
+    again = report.read_before(path)
+    assert math.isnan(again.metrics["term"]) and math.isnan(again.samples[0].terms["term"])
+    assert again.metrics["kl"] == 0.5 and "nan" in report.summary(again, again)
+
+
 def test_what_was_trained_before_an_error_is_kept(folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "breaks.py").write_text(
         "calls = []\n"
         "def reward(td):\n"
@@ -302,8 +335,15 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
         ({"reward": ["json:nothing"]}, "module 'json' has no 'nothing'"),
         ({"policy": "/no/such/folder"}, "/no/such/folder"),
         ({"num_prompts": 13}, "num_prompts: must be at most the 12 prompts"),
-        ({"max_new_tokens": 300}, "max_prompt_length, max_new_tokens: together at most the policy's context of 256"),
+        ({"max_new_tokens": 300}, "max_new_tokens: must leave room for a prompt in the policy's context of 256 tokens"),
+        ({"max_prompt_length": 251}, "together at most the policy's context of 256 tokens, got 251 and 6"),
+        ({"max_prompt_length": 0}, "max_prompt_length: must be at least 1, got 0"),
         ({"device": "cuda:7"}, "device: cuda:7"),
+        ({"device": "banana"}, "device: must be cpu, cuda or cuda:N, got 'banana'"),
+        ({"seed": -1}, "seed: must be at least 0, got -1"),
+        ({"seed": 2**64}, "seed: must be at most"),
+        ({"num_samples": -1}, "num_samples: must be at least 0"),
+        ({"log_with": ["banana"]}, "log_with: must be trackers that are installed .*got 'banana'"),
         ({"ptx_data": None}, "ptx_data: must be given with ptx_coef"),
     ],
 )

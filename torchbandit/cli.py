@@ -270,7 +270,7 @@ def _show(hint: Any) -> str:
         return f"one or more of {_show(get_args(hint)[0])}"
     if get_args(hint):
         return " or ".join(map(_show, get_args(hint)))
-    words: dict[Any, str] = {str: "text", bool: "true or false", type(None): "null"}
+    words: dict[Any, str] = {str: "text", float: "a finite number", bool: "true or false", type(None): "null"}
     return words.get(hint) or str(getattr(hint, "__name__", hint))
 
 

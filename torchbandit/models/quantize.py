@@ -82,20 +82,20 @@ def config(quantization: Quantization, keep: list[str], dtype: torch.dtype) -> A
     return TorchAoConfig(kind, modules_to_not_convert=keep)
 
 
-def inside_layers(model: nn.Module) -> set[str]:
-    """Names of the linear layers that quantisation takes: those of the repeated layers."""
-    return {
+def inside_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers that quantisation takes, in the model's order: those of the repeated layers."""
+    return [
         f"{at}.{name}"
         for at, layer in model.named_modules()
         if isinstance(layer, GradientCheckpointingLayer)
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
-    }
+    ]
 
 
 def outside_layers(model: nn.Module) -> list[str]:
     """Names of the modules with a weight matrix that stay in high precision: heads and embeddings."""
-    taken = inside_layers(model)
+    taken = set(inside_layers(model))
     kinds = (nn.Linear, nn.Embedding)
     return sorted(name for name, module in model.named_modules() if isinstance(module, kinds) and name not in taken)
 

@@ -183,7 +183,7 @@ def _run(algo: BanditPPO, options: TrainOptions, out: Path, device: torch.device
     done = _resume(algo, options, out / "checkpoint") if options.resume else 0
     module, env = _judged(algo, options, device)
     judge = local.Judge(options, module.policy, env)
-    accelerator = Accelerator(cpu=True, log_with=list(options.log_with) or None, project_dir=str(out))
+    accelerator = build.build_accelerator(options, torch.device("cpu"))
     if options.log_with:
         accelerator.init_trackers(options.name or "torchbandit", config=local.plain(asdict(options)))
     try:
@@ -274,7 +274,7 @@ def _save(algo: BanditPPO, options: TrainOptions, folder: Path, done: int) -> No
 def _resume(algo: BanditPPO, options: TrainOptions, folder: Path) -> int:
     """Restore; steps done. ValueError where there is no such checkpoint, or it is another run's."""
     done = int(checkpoint.find(folder, asdict(options), FREE)["steps_done"])
-    if done >= options.steps:
+    if done >= options.steps and report.is_finished(folder.with_name("evaluation.json")):
         raise ValueError(f"steps: the run has done its {done} steps; ask for more with --steps")
     algo.restore_from_path(folder)
     return done

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from torchbandit.corpus import Corpus
 from torchbandit.env import BanditEnv
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
 def pick_device(options: TrainOptions) -> torch.device:
     """The device of this process: `options.device`, else cuda (the local one of several) where there is one."""
     wanted = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"device: must be cpu, cuda or cuda:N, got {wanted!r}") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device: {wanted} was asked for, and torch sees no CUDA device; use --device cpu")
@@ -39,15 +44,37 @@ def pick_device(options: TrainOptions) -> torch.device:
     return device
 
 
+def build_accelerator(options: TrainOptions, device: torch.device) -> Accelerator:
+    """This process among the others, with the trackers of `log_with`.
+
+    Raises:
+        ValueError: a tracker is unknown or not installed: a run whose curves go nowhere is found out too late.
+    """
+    there = [str(tracker.value) for tracker in get_available_trackers()]
+    for name in options.log_with:
+        if name not in there:
+            raise ValueError(
+                f"log_with: must be trackers that are installed ({', '.join(there) or 'none is'}), got {name!r}; "
+                "install its package, or leave it out"
+            )
+    return Accelerator(cpu=device.type == "cpu", log_with=list(options.log_with) or None, project_dir=options.out)
+
+
 def build_prompts(options: TrainOptions, path: str, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """The prompts of a JSONL file, cut to what the policy's context leaves beside a whole response."""
     assert options.policy is not None
-    room = _context(options.policy, tokenizer) - options.max_new_tokens
+    context = _context(options.policy, tokenizer)
+    room = context - options.max_new_tokens
     length = room if options.max_prompt_length is None else options.max_prompt_length
-    if length < 1 or length > room:
+    if room < 1:
         raise ValueError(
-            f"max_prompt_length, max_new_tokens: together at most the policy's context of "
-            f"{room + options.max_new_tokens} tokens, got {max(length, 0)} and {options.max_new_tokens}"
+            f"max_new_tokens: must leave room for a prompt in the policy's context of {context} tokens, "
+            f"got {options.max_new_tokens}"
+        )
+    if length > room:
+        raise ValueError(
+            f"max_prompt_length, max_new_tokens: together at most the policy's context of {context} tokens, "
+            f"got {length} and {options.max_new_tokens}"
         )
     return PromptSet.from_jsonl(path, tokenizer, prompt_key=options.prompt_key, max_length=length, chat=options.chat)
 

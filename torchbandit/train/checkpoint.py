@@ -44,10 +44,12 @@ def save(directory: Path, policy: nn.Module, state: dict[str, Any], options: Map
         save_file(weights, fresh / "policy.safetensors")
         (fresh / "options.json").write_text(json.dumps(dict(options), indent=1), encoding="utf-8")
     except BaseException as error:
+        free = shutil.disk_usage(fresh).free
         shutil.rmtree(fresh, ignore_errors=True)
-        # torch and safetensors wrap a full disk in errors of their own.
-        if isinstance(error, Exception) and not isinstance(error, OSError):
-            raise OSError(f"checkpoint: could not be written to {directory}: {error}") from error
+        # torch and safetensors wrap a full disk in errors of their own, which do not say so.
+        if isinstance(error, Exception):
+            told = f"checkpoint: could not be written to {directory}, {free / 1e6:.0f} MB are free there: {error}"
+            raise OSError(told) from error
         raise
     put_in_place(fresh, directory)
 

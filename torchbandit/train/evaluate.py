@@ -74,8 +74,9 @@ def evaluate(
 
 def _moments(name: str, term: Tensor) -> Iterator[tuple[str, float]]:
     term = term[term.isfinite()]
-    yield name, term.mean().item()
-    yield f"{name}_std", term.std(correction=0).item()
+    mean = term.mean()  # NaN where no row has the term
+    yield name, mean.item()
+    yield f"{name}_std", (term - mean).square().mean().sqrt().item()
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ class LoopOptions:
         ptx_coef: Weight of the pretraining loss (InstructGPT's gamma).
         ptx_batch_size: Pretraining rows an update. Default: as many as the update has rows.
         seed: Of prompts, sampling and minibatches.
-        out: Folder of the run.
+        out: Folder of the run. Default: runs/NAME.
         save_every: Steps between checkpoints; 0 for the end alone.
         log_with: Trackers of accelerate: tensorboard, wandb, …
     """
@@ -73,7 +73,7 @@ class LoopOptions:
     ptx_coef: float = 0.0
     ptx_batch_size: int | None = None
     seed: int = 0
-    out: str = "runs/torchbandit"
+    out: str = ""
     save_every: int = 50
     log_with: list[str] = field(default_factory=list)
 
@@ -81,14 +81,14 @@ class LoopOptions:
         least: dict[str, float] = dict(
             steps=1, epochs=1, minibatches=1, micro_batch_size=1, lr=0, warmup_steps=0, weight_decay=0,
             max_grad_norm=0, clip=0, clip_high=0, value_clip=0, value_coef=0, gamma=0, lam=0, loss_kl_coef=0,
-            ptx_coef=0, ptx_batch_size=1, save_every=0,
+            ptx_coef=0, ptx_batch_size=1, save_every=0, seed=0,
         )  # fmt: skip
         for name, floor in least.items():
             value = getattr(self, name)
             # `not >=` also catches NaN.
             if value is not None and not value >= floor:
                 raise ValueError(f"{name}: must be at least {floor}, got {value}")
-        for name, ceiling in dict(gamma=1, lam=1).items():
+        for name, ceiling in dict(gamma=1, lam=1, seed=2**31 - 1).items():
             if getattr(self, name) > ceiling:
                 raise ValueError(f"{name}: must be at most {ceiling}, got {getattr(self, name)}")
         if self.algo not in ("ppo", "rloo", "grpo"):
@@ -189,10 +189,11 @@ class TrainOptions(LoopOptions):
             raise ValueError("prompts: must be given with policy, got none; pass a JSONL file with a prompt a line")
         if not (self.reward_model or self.reward or self.host_reward):
             raise ValueError("reward_model: give a reward_model, a reward or a host_reward; got none of them")
-        for name in ("num_prompts", "group_size", "max_new_tokens", "ptx_length"):
+        least = dict(num_prompts=1, group_size=1, max_new_tokens=1, max_prompt_length=1, ptx_length=1, num_samples=0)
+        for name, floor in least.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
+            if value is not None and value < floor:
+                raise ValueError(f"{name}: must be at least {floor}, got {value}")
         if self.temperature <= 0 or self.top_p != 1 or self.top_k != 0:
             raise ValueError(
                 "temperature, top_p, top_k: training samples with a temperature above 0 alone (log-probs are those of "
@@ -207,6 +208,7 @@ class TrainOptions(LoopOptions):
             )
         if self.ptx_coef and self.ptx_data is None:
             raise ValueError(f"ptx_data: must be given with ptx_coef={self.ptx_coef}, got none")
+        self.out = self.out or f"runs/{self.name or 'torchbandit'}"
         if self.group_size is None:
             self.group_size = 1 if self.algo == "ppo" else 4
         if self.algo == "grpo":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -97,10 +98,14 @@ def write_samples(path: Path, before: Evaluation, after: Evaluation) -> None:
         lines += [f"## {_one_line(old.prompt)}", "", "| | response | " + " | ".join(old.terms) + " |"]
         lines += ["|---|---|" + "---|" * len(old.terms)]
         for name, sample in (("before", old), ("after", new)):
-            scores = " | ".join(f"{value:.3f}" for value in sample.terms.values())
+            scores = " | ".join(map(_number, sample.terms.values()))
             lines.append(f"| {name} | {_one_line(sample.response)} | {scores} |")
         lines.append("")
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _number(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}"  # no -0.000
 
 
 def _one_line(text: str) -> str:
@@ -108,9 +113,24 @@ def _one_line(text: str) -> str:
 
 
 def write_evaluation(path: Path, before: Evaluation, after: Evaluation | None) -> None:
-    """Both evaluations as JSON; `after` is absent while the run goes on."""
+    """Both evaluations as JSON, NaN as null; `after` is absent while the run goes on. Whole or not at all."""
     content = {"before": asdict(before)} | ({} if after is None else {"after": asdict(after)})
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(_without_nan(content), indent=1), encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the run of this evaluation.json was evaluated after its last step."""
+    return path.exists() and "after" in json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_before(path: Path) -> Evaluation | None:
@@ -120,7 +140,12 @@ def read_before(path: Path) -> Evaluation | None:
     if not path.exists():
         return None
     before = json.loads(path.read_text(encoding="utf-8"))["before"]
-    return Evaluation(before["metrics"], [Sample(**sample) for sample in before["samples"]])
+
+    def numbers(told: dict[str, float | None]) -> dict[str, float]:
+        return {name: math.nan if value is None else value for name, value in told.items()}
+
+    samples = [Sample(**(sample | {"terms": numbers(sample["terms"])})) for sample in before["samples"]]
+    return Evaluation(numbers(before["metrics"]), samples)
 
 
 def summary(before: Evaluation, after: Evaluation) -> str:
@@ -131,6 +156,6 @@ def summary(before: Evaluation, after: Evaluation) -> str:
     for name in names:
         old, new = before.metrics.get(name, math.nan), after.metrics[name]
         std = before.metrics.get(f"{name}_std", 0.0)
-        rise = f"  {(new - old) / std:9.2f}" if std > 1e-3 else ""
-        rows.append(f"{name:{width}}  {old:9.3f}  {new:9.3f}{rise}")
+        rise = f"  {round((new - old) / std, 2) + 0.0:9.2f}" if std > 1e-3 else ""
+        rows.append(f"{name:{width}}  {_number(old):>9}  {_number(new):>9}{rise}")
     return "\n".join(rows)

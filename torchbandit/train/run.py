@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from torchbandit.env import BanditEnv
@@ -36,7 +37,7 @@ def train(options: TrainOptions) -> Path:
     """
     device = build.pick_device(options)
     out = Path(options.out)
-    accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(options.log_with) or None, project_dir=str(out))
+    accelerator = build.build_accelerator(options, device)
     main = accelerator.is_main_process
     if main:
         claim(out, options)
@@ -50,9 +51,10 @@ def train(options: TrainOptions) -> Path:
         accelerator=accelerator,
     )
     if options.resume:
-        state = checkpoint.load(out / "checkpoint", trainer.policy, asdict(options), accelerator.process_index)
+        run = identity(options, accelerator)
+        state = checkpoint.load(out / "checkpoint", trainer.policy, run, accelerator.process_index)
         trainer.load_state_dict(state)
-        if trainer.steps_done >= options.steps:
+        if trainer.steps_done >= options.steps and report.is_finished(out / "evaluation.json"):
             raise ValueError(
                 f"steps: the run at {out} has done its {trainer.steps_done} steps; ask for more with --steps"
             )
@@ -90,19 +92,23 @@ class Judge:
 
     def before(self, path: Path) -> Evaluation:
         """The state before training: of the first start, where the run is a resumed one."""
-        found = report.read_before(path) if self._options.resume else None
-        if found is None:
-            found = self()
-            report.write_evaluation(path, found, None)
+        found = (report.read_before(path) if self._options.resume else None) or self()
+        report.write_evaluation(path, found, None)
         return found
 
     def finish(self, out: Path, before: Evaluation) -> None:
         """Evaluate again, leave everything in the run's folder, and say how it went."""
         after = self()
-        self._policy.save_pretrained(out / "policy")
-        report.write_evaluation(out / "evaluation.json", before, after)
-        report.write_samples(out / "samples.md", before, after)
-        report.write_curve(out / "metrics.jsonl", out / "curve.png")
+        try:
+            self._policy.save_pretrained(out / "policy")
+            report.write_samples(out / "samples.md", before, after)
+            report.write_curve(out / "metrics.jsonl", out / "curve.png")
+            report.write_evaluation(out / "evaluation.json", before, after)  # the last: now the run is finished
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"{out}: could not be written ({error}); the checkpoint is whole: make room, and the same command with "
+                "--resume writes the rest"
+            ) from error
         tqdm.write(report.summary(before, after))
         tqdm.write(f"\n{out}: metrics.jsonl curve.png samples.md evaluation.json policy/ checkpoint/")
 
@@ -117,7 +123,7 @@ def _loop(trainer: BanditTrainer, options: TrainOptions, out: Path) -> None:
             checkpoint.save(out / "checkpoint", trainer.policy, state, {}, accelerator.process_index)
         accelerator.wait_for_everyone()
         if main:
-            checkpoint.save(out / "checkpoint", trainer.policy, state, asdict(options))
+            checkpoint.save(out / "checkpoint", trainer.policy, state, identity(options, accelerator))
         accelerator.wait_for_everyone()
 
     with stop_signals() as stopped, contextlib.ExitStack() as stack:
@@ -179,6 +185,11 @@ def claim(out: Path, options: TrainOptions) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out: {out} cannot be made ({error.strerror}); name another folder") from error
+
+
+def identity(options: TrainOptions, accelerator: Accelerator) -> dict[str, Any]:
+    """What a run must have in common with the checkpoint that it resumes; ranks take turns, so their number too."""
+    return asdict(options) | {"processes": accelerator.num_processes}
 
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:
