@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,26 @@ def test_a_quantised_model_is_in_the_table(folders: tuple[str, str], pairs: str)
     assert int8["bytes"] < found["results"]["float32"]["reward_model"]["bytes"] / 2
     assert int8["correlation"] > 0.99 and "reference" not in found["results"]["int8"]
     assert "ref. bytes" not in table(found)
+
+
+def test_a_precision_that_fails_costs_its_own_row_alone(
+    folders: tuple[str, str], pairs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = measure.sequence_scores
+
+    def brittle(model: Any, *args: Any, **options: Any) -> torch.Tensor:
+        if model.dtype == torch.bfloat16:
+            raise RuntimeError("no such kernel\nand more")
+        return own(model, *args, **options)
+
+    monkeypatch.setattr(measure, "sequence_scores", brittle)
+    found = profile(ProfileOptions(*folders, input=pairs, precisions=["bfloat16"], **FAST))
+    assert found["left_out"] == {"bfloat16 of the reward_model": "it failed: RuntimeError: no such kernel"}
+    assert "reward_model" not in found["results"]["bfloat16"] and "reference" in found["results"]["bfloat16"]
+    assert "no such kernel" in table(found)
+    monkeypatch.setattr(measure, "sequence_scores", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        profile(ProfileOptions(*folders, input=pairs, precisions=["bfloat16"], **FAST))
 
 
 def test_the_command_on_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

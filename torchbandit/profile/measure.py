@@ -16,6 +16,7 @@ from torch import Tensor
 from torchbandit.models import ModelSpec, check_same_tokenizer, load_causal_lm, load_reward_model, load_tokenizer
 from torchbandit.models.offload import plain_tensors
 from torchbandit.models.quantize import why_not
+from torchbandit.models.spec import first_line
 from torchbandit.profile.options import ProfileOptions
 from torchbandit.profile.rows import Rows, answer, batches, read
 from torchbandit.scoring import log_probs, make_plan, sequence_scores
@@ -66,9 +67,16 @@ def profile(options: ProfileOptions, say: Say = lambda text: None) -> dict[str, 
                     raise
                 left_out[f"{precision} of the {kind}"] = str(error)
                 continue
-            run = _run(model, score, rows[kind], options)
-            del model
-            _tidy(device)
+            try:
+                run = _run(model, score, rows[kind], options)
+            except Exception as error:  # a kernel or a compiler that fails at one precision costs that row alone
+                if exact is None:
+                    raise
+                left_out[f"{precision} of the {kind}"] = f"it failed: {type(error).__name__}: {first_line(error)}"
+                continue
+            finally:
+                del model
+                _tidy(device)
             exact = exact or run
             compare = _compare_scores if kind == "reward_model" else _compare_log_probs
             results[precision][kind] = {
