@@ -27,7 +27,7 @@ def bench(what: str, capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str
     for line in found["lines"]:
         assert line["work"] in out and line["unit"] in ("rows/s", "tokens/s", "samples/s")
         assert 0 < line["low"] <= line["rate"] <= line["high"], line
-        assert line["host_syncs"] is not None or line["bench"] != "step"
+        assert line["host_syncs"] is not None and line["percent"] > 0 and line["ceiling"], line
         for peer in line["peers"]:
             assert peer["ratio"] == pytest.approx(line["rate"] / peer["rate"]), line
     return found
@@ -68,9 +68,10 @@ def test_a_peer_that_is_missing_is_skipped_by_name(
 
 def test_settings_of_peers_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "peers.yaml"
-    file.write_text("chatenv: {max_rows: 0}\ntrl: {beta: 0.1}\n")
+    file.write_text("chatenv: {max_rows: 0}\ntrl: {beta: 0.1, others: {fp32: {bf16: false}}}\n")
     settings = read_settings(str(file))
     assert settings["chatenv"] == DEFAULTS["chatenv"] | {"max_rows": 0} and settings["trl"]["beta"] == 0.1
+    assert settings["trl"]["others"] == {"fp32": {"bf16": False}}
     found = bench("step", capsys, "--peers", str(file))
     assert found["peers"]["chatenv"]["max_rows"] == 0 and not found["lines"][0]["peers"]
     for text, says in (
@@ -78,6 +79,7 @@ def test_settings_of_peers_come_from_a_file(tmp_path: Path, capsys: pytest.Captu
         ("vllm: {}", "unknown peer 'vllm'; there are chatenv"),
         ("- chatenv", "must hold a table of settings"),
         ("a: [", "cannot be read"),
+        ("trl: {others: [1]}", "trl's others must be a table of settings by name"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=says):
@@ -122,8 +124,8 @@ def test_score(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_score_rest(capsys: pytest.CaptureFixture[str]) -> None:
-    found = bench("score", capsys, "--rows", "rm7b", "grad", "flat")
-    assert len(works(found)) == 1 + 1 + 2
+    found = bench("score", capsys, "--rows", "rm7b", "grad", "flat", "step")
+    assert len(works(found)) == 1 + 1 + 1 + 2
     assert found["lines"][1]["more"]["gradient_distance"] < 0.01
 
 
@@ -153,12 +155,17 @@ def test_perfect_compaction_is_what_it_says() -> None:
 
 
 @pytest.mark.slow
-def test_train(capsys: pytest.CaptureFixture[str]) -> None:
-    found = bench("train", capsys)
+def test_train(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "peers.yaml"
+    file.write_text("trl: {others: {checkpointing: {gradient_checkpointing: true}, impossible: {beta: much}}}\n")
+    found = bench("train", capsys, "--peers", str(file))
     (line,) = found["lines"]
     assert line["more"]["split, s"].keys() == {"generate", "score", "learn", "rest"}
-    assert bool(line["best"]) == ("train: trl" not in found["left_out"])
-    assert line["percent"] > 0
+    if "train: trl" in found["left_out"]:
+        assert not line["best"]
+        return
+    assert [peer["name"].partition(", ")[2] for peer in line["peers"]] == ["GRPOTrainer", "GRPOTrainer, checkpointing"]
+    assert "train: TRL, impossible" in found["left_out"]
 
 
 def test_rows_belong_to_one_benchmark(capsys: pytest.CaptureFixture[str]) -> None:

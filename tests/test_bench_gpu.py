@@ -145,3 +145,15 @@ def test_the_engines_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         runpy.run_path(str(GPU / "engines.py"), run_name="__main__")
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert row["place"] == "local" and row["samples_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_the_precisions_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["precision", "--tiny", "--out", str(tmp_path)])
+    monkeypatch.syspath_prepend(str(GPU.parent))
+    runpy.run_path(str(GPU / "precision.py"), run_name="__main__")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["results"]["bfloat16"]["reward_model"]["tokens_per_s"] > 0
+    assert (tmp_path / "profile.png").stat().st_size > 1000

@@ -75,6 +75,10 @@ STAGES = (
     test("gpu_losses", 90), test("gpu_rewards", 90), test("gpu_prompts", 60),
     bench("score", ["rm"]), bench("score", ["ref"], 150), bench("score", ["grad"], 180),
     bench("generate", ["b256", "b1024"], 150), bench("generate", ["ragged"], 90), bench("train", limit=150),
+    Stage(
+        "train-trl", ("-m", "torchbandit", "bench", "train", "--rows", "trl", "--peers", "benchmarks/gpu/trl.yaml"),
+        480, ("trl",),
+    ),
 )  # fmt: skip
 
 

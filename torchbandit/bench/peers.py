@@ -17,12 +17,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "generate": {"caches": ["dynamic", "static"]},
     # RLlib's SingleAgentEnvRunner with its default connectors.
     "rllib": {},
-    # TRL's GRPOTrainer; the quickest of the settings tried on this work (docs/benchmarks.md).
+    # TRL's GRPOTrainer; the quickest of the settings tried on this work (docs/benchmarks.md). `others`: names and the
+    # settings in which they differ, measured too.
     "trl": {
         "gradient_checkpointing": False,
         "bf16": True,
         "use_vllm": False,
         "model_init_kwargs": {"dtype": "bfloat16"},
+        "others": {},
     },
 }
 PACKAGES = {
@@ -60,6 +62,9 @@ def read_settings(path: str | None) -> dict[str, dict[str, Any]]:
             known = ", ".join(settings[peer]) or "none"
             raise ValueError(f"{path}: {peer} has no setting {', '.join(sorted(unknown))}; it has {known}")
         settings[peer].update(part)
+    others = settings["trl"]["others"]
+    if not isinstance(others, Mapping) or not all(isinstance(part, Mapping) for part in others.values()):
+        raise ValueError(f"{path}: trl's others must be a table of settings by name, got {others!r}")
     return settings
 
 

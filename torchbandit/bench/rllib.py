@@ -125,7 +125,8 @@ def measure(frame: Frame, policy: str, rows: int, first: float | None) -> float:
     seconds, over = both["ours"], both["ours"].median - both["alone"].median
     line = Line(
         "rllib", f"sample + get_metrics, {rows} rows", rows / seconds.median, "rows/s", rows / seconds.high,
-        rows / seconds.low, host_syncs=syncs,
+        rows / seconds.low, percent=100 * both["alone"].median / seconds.median, ceiling="the env's own rate",
+        host_syncs=syncs,
         peers=[Peer("RLlib's own runner and connectors", rows / peer.median, peer.median / seconds.median)],
     )  # fmt: skip
     line.more["runner over the env, ms"] = over * 1e3

@@ -71,6 +71,7 @@ def add(
     line.peers = [Peer(name, theirs_rate, rate / theirs_rate) for name, theirs_rate in theirs.items()]
     if ours is not None:
         line.host_syncs = run.frame.host_syncs(ours)
+        line.peak_gb = run.frame.peak_gb(ours) if peak_gb is None else peak_gb
     run.frame.add(line)
 
 
@@ -300,11 +301,20 @@ def groups_row(run: Run) -> dict[str, Any]:
             "over_unshared": seconds[False] / seconds[True],
             "auto_shares": auto.metrics["packing/shared"],
         }
-        add(
-            run, f"reward model, 1b, groups of 8, prompts of {prompt}, responses of {reply}", "1b", tokens_of(args),
-            took[True], flop=None, theirs={"transformers, padded": tokens_of(args) / hf},
-            row=out[f"P{prompt}_C{reply}"],
-        )  # fmt: skip
+
+        def ours(args: Args = args) -> Tensor:
+            plan = make_plan(args[1], args[3], group_size=8, share_prompts=True)
+            return sequence_scores(model, *args, plan=plan)
+
+        # What is done: each prompt once. The others' prompts, by themselves, are taken off again.
+        again, last = torch.arange(num, device=run.device) % 8 != 0, last_layer_share(plans[True], "last")
+        spared: Args = (args[0][again], args[1][again], args[2][again, :0], args[3][again, :0])
+        with torch.no_grad():
+            add(
+                run, f"reward model, 1b, groups of 8, prompts of {prompt}, responses of {reply}", "1b", tokens_of(args),
+                took[True], flop=flops(model, args, last=last) - flops(model, spared, last=last),
+                theirs={"transformers, padded": tokens_of(args) / hf}, row=out[f"P{prompt}_C{reply}"], ours=ours,
+            )  # fmt: skip
     return out
 
 
@@ -351,7 +361,9 @@ def step_row(run: Run) -> dict[str, Any]:
         "in_model_kernels": sum(kernels_alone.values()) / wall,
     }
     work = f"env.step with reward model, reference and KL, 1b, {run.rows(512)} rows"
-    add(run, work, "1b", tokens_of(args), run.last, flop=None, theirs={}, row=row, ours=lambda: env.step(td))
+    flop = flops(rm, args, last=last_layer_share(plan, "last"))
+    flop += flops(reference, args, int(args[3].sum()), last=last_layer_share(plan, "predict"))
+    add(run, work, "1b", tokens_of(args), run.last, flop=flop, theirs={}, row=row, ours=lambda: env.step(td))
     return row
 
 
@@ -371,5 +383,6 @@ def flat_row(run: Run) -> dict[str, Any]:
             flop = flops(model, args, last=last_layer_share(make_plan(args[1], args[3]), "last"))
             add(
                 run, f"reward model, 1b, {num} rows", "1b", tokens_of(args), run.last, flop=flop, theirs={}, row=row,
+                ours=lambda a=args: sequence_scores(model, *a),  # type: ignore[misc]
             )  # fmt: skip
     return {"us_per_token": out, "spread": max(out.values()) / min(out.values())}

@@ -8,9 +8,11 @@ the rates measured in the same run.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -84,16 +86,25 @@ def run(frame: Frame) -> None:
     if "ours" in chosen:
         line = ours(frame, work, steps, warm)
     if "trl" in chosen and frame.has("trl", "train") and frame.has("datasets", "train"):
-        if frame.cuda:
-            torch.cuda.empty_cache()
-        peer = trl(frame, work, steps, warm)
-        if line is None:
-            line = peer
-        else:
-            line.peers.append(Peer(peer.work, peer.rate, line.rate / peer.rate))
-            line.more["peak of TRL, GB"] = peer.peak_gb
-            line.notes.append("ours keeps float32 masters of the weights, which TRL at this setting does not")
+        for name, other in {"": {}, **frame.setting("trl", "others")}.items():
+            if frame.cuda:
+                gc.collect()  # the last one's models
+                torch.cuda.empty_cache()
+            try:
+                peer = trl(frame, work, steps, warm, name, other)
+            except Exception as error:
+                if not name:
+                    raise
+                frame.leave_out(f"train: TRL, {name}", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                continue
+            if line is None:
+                line = peer
+            else:
+                line.peers.append(Peer(peer.work, peer.rate, line.rate / peer.rate))
+                line.more[f"peak of {peer.work}, GB"] = peer.peak_gb
     if line is not None:
+        if line.peers and "ours" in chosen:
+            line.notes.append("ours keeps float32 masters of the weights, which TRL at this setting does not")
         frame.add(line)
 
 
@@ -173,7 +184,8 @@ def profiled(frame: Frame, trainer: Any) -> None:
     print(trace.key_averages().table(sort_by=by, row_limit=32, max_name_column_width=70))
 
 
-def trl(frame: Frame, work: Work, steps: int, warm: int) -> Line:
+def trl(frame: Frame, work: Work, steps: int, warm: int, name: str, other: Mapping[str, Any]) -> Line:
+    """TRL in the settings of the frame, but for `other`."""
     import datasets
     import trl
     from transformers import TrainerCallback
@@ -196,7 +208,7 @@ def trl(frame: Frame, work: Work, steps: int, warm: int) -> Line:
         per_device_train_batch_size=work.micro, gradient_accumulation_steps=work.rows // work.micro,
         num_generations=work.group_size, max_completion_length=work.new_tokens, beta=0.04, temperature=1.0,
         learning_rate=1e-6,
-    ) | frame.settings["trl"]  # fmt: skip
+    ) | {key: value for key, value in frame.settings["trl"].items() if key != "others"} | dict(other)  # fmt: skip
     if not frame.cuda:
         settings |= {"bf16": False, "model_init_kwargs": {"dtype": "float32"}, "use_cpu": True}
     with tempfile.TemporaryDirectory() as folder:
@@ -217,8 +229,9 @@ def trl(frame: Frame, work: Work, steps: int, warm: int) -> Line:
     assert abs(logs[-1]["completions/mean_length"] - work.new_tokens) < 0.02 * work.new_tokens or work.tiny, logs[-1]
     seconds = [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)][warm:]
     took = statistics.median(seconds)
+    work_name = ", ".join(filter(None, (f"TRL {trl.__version__}", "GRPOTrainer", name)))
     return Line(
-        "train", f"TRL {trl.__version__}, GRPOTrainer", work.rows / took, "samples/s", work.rows / max(seconds),
+        "train", work_name, work.rows / took, "samples/s", work.rows / max(seconds),
         work.rows / min(seconds), more={"settings": settings, "s a step": took},
         peak_gb=torch.cuda.max_memory_allocated() / 1e9 if frame.cuda else None,
     )  # fmt: skip
