@@ -74,7 +74,7 @@ def run(frame: Frame) -> None:
         raise ImportError("the benchmark of RLlib needs ray: pip install torchbandit[rllib]") from None
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         with tempfile.TemporaryDirectory() as folder, one_thread():
             LlamaForCausalLM(llama("tiny", pad_token_id=0, bos_token_id=None, eos_token_id=2)).save_pretrained(folder)
