@@ -3,7 +3,8 @@
 Each function takes a live transformers model and plain tensors: prompt_ids [B, P] int64 with prompt_mask [B, P] bool,
 padded on either side, and response_ids [B, T] int64 with response_mask [B, T] bool. What stands outside the masks is
 never read. Results are float32; how far they may be from a one-row-at-a-time float32 forward depends on the model's
-dtype alone: about 1e-4 in float32, and a few hundredths a token in bfloat16, where batch shape alone moves as much.
+dtype alone: about 1e-4 in float32, a few thousandths a token in float16 and a few hundredths in bfloat16, where batch
+shape alone moves as much.
 """
 
 from __future__ import annotations
