@@ -49,7 +49,7 @@ class Plan:
         """Tokens of the longest row, as far as the host knows."""
         if not self.packing:
             return self.table.columns.shape[1]
-        return max(p + r for p, r in zip(*self.table.host, strict=True))
+        return max((p + r for p, r in zip(*self.table.host, strict=True)), default=0)
 
     def padded(self) -> Iterable[Pack]:
         """Rows in lines of their own, aligned left; sorted by length where the host knows lengths."""
