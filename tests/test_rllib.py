@@ -82,6 +82,12 @@ def test_no_second_copy_of_the_model(paths: dict[str, str]) -> None:
     algo.stop()
 
 
+def test_the_process_keeps_its_algorithms(paths: dict[str, str]) -> None:
+    """RLlib's `debugging(seed=…)` would make the whole process deterministic, and slower."""
+    toy_config(paths["policy"]).build_algo().stop()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_no_forward_pass_at_build(paths: dict[str, str]) -> None:
     """RLlib's catalogs and old stack run a dummy batch through the model; here nothing runs."""
     calls: list[str] = []

@@ -111,9 +111,13 @@ def test_bf16_weights_arrive_bit_for_bit(run: Run) -> None:
 
 
 def test_threads(run: Run) -> None:
-    assert set(run.each(lambda r: torch.get_num_threads()).values()) == {1}
-    told = run.algo.learner_group.foreach_learner(lambda learner: torch.get_num_threads())
-    assert [result.get() for result in told] == [1]
+    """As many as the actor has CPUs, whatever the environment says; and RLlib's seeding switches no algorithms."""
+
+    def told(part: Any) -> tuple[int, bool]:
+        return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+
+    assert set(run.each(told).values()) == {(1, False)}
+    assert [result.get() for result in run.algo.learner_group.foreach_learner(told)] == [(1, False)]
 
 
 def test_runners_start_empty_and_apart(run: Run) -> None:

@@ -6,8 +6,9 @@
 
 Places: `local` is one process, `accelerate` two of them, `R/L` RLlib with R env runners and L learners (0/0: all in
 the driver). Sizes are those of `torchbandit bench train`: 64 prompts x 8 responses a GPU, 128 new tokens, a 410M Llama
-shape, a value head, a reference, a trivial reward. Numbers are medians of the steps after the first two. The last line
-is JSON; a place that fails is told in it, and by the exit status.
+shape, a value head, a reference, a trivial reward. Numbers are medians of the steps after the first two; `of_local` is
+samples/s a process over those of `local` (RLlib's 0/0 must reach 0.9). The last line is JSON; a place that fails is
+told in it, and by the exit status.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ def main() -> int:
         prepare(Path(folder), work)
         for place in args.places:
             rows.append(run(place, Path(folder), work, args.steps))
+            local = next((row["a_process"] for row in rows if row["place"] == "local" and "error" not in row), None)
+            if local and "error" not in rows[-1]:
+                rows[-1]["of_local"] = rows[-1]["a_process"] / local
             told = (f"{k} {v:.3f}" if isinstance(v, float) else f"{v}" for k, v in rows[-1].items())
             print("  ".join(told), flush=True)
     result = {"work": "engines", "rows": rows, "torch": torch.__version__}

@@ -16,6 +16,7 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils import metrics as names
 
 from torchbandit.rllib.env_runner import PLACE, BanditEnvRunner
+from torchbandit.rllib.module import same_algorithms
 from torchbandit.rllib.wire import to_array, to_tensor
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class BanditPPO(PPO):
         """
         self._places: dict[int, dict[str, Any]] = {}
         try:
-            super().setup(config)
+            with same_algorithms():
+                super().setup(config)
             self._join_parts()
         except Exception:
             self.cleanup()  # what was built would keep its CPUs and GPUs, and the next try would wait for them

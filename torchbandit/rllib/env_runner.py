@@ -27,7 +27,7 @@ from torch import Tensor
 from torchbandit.clock import Clock
 from torchbandit.env import BanditEnv
 from torchbandit.rllib.env_fn import call_env_fn, check_tokenizers
-from torchbandit.rllib.module import PLACEHOLDER, CausalLMModule, empty_module, here
+from torchbandit.rllib.module import PLACEHOLDER, CausalLMModule, empty_module, here, same_algorithms
 from torchbandit.rllib.wire import flatten, pack, to_array, unpack
 from torchbandit.train.metrics import reward_metrics, to_host
 
@@ -42,7 +42,8 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
     """
 
     def __init__(self, *, config: Any, **kwargs: Any) -> None:
-        super().__init__(config=config, **kwargs)
+        with same_algorithms():
+            super().__init__(config=config, **kwargs)
         self.num_env_steps_sampled_lifetime: int = 0
         self.module: CausalLMModule | None = None
         self.env: BanditEnv | None = None

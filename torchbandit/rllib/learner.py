@@ -22,7 +22,7 @@ from torchbandit.batch import masked_whiten
 from torchbandit.masters import MasterOptimizer
 from torchbandit.responses import last_token
 from torchbandit.rllib.cut import draw_order, microbatches
-from torchbandit.rllib.module import CausalLMModule
+from torchbandit.rllib.module import CausalLMModule, same_algorithms
 from torchbandit.rllib.ptx import PtxData
 from torchbandit.rllib.wire import Rows, pack, to_tensor, unpack
 
@@ -38,6 +38,10 @@ class PPOPtxLearner(PPOTorchLearner):
     """
 
     keywords: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, **kwargs: Any) -> None:
+        with same_algorithms():
+            super().__init__(**kwargs)
 
     def build(self) -> None:
         """Build module and optimizer on this learner's device; load the ptx data of this node."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import gymnasium
@@ -26,6 +27,16 @@ def here() -> str:
     """This node, for messages: host name and, inside a cluster, the address that Ray knows it by."""
     address = ray.util.get_node_ip_address() if ray.is_initialized() else "no cluster"
     return f"{socket.gethostname()} ({address})"
+
+
+@contextlib.contextmanager
+def same_algorithms() -> Iterator[None]:
+    """RLlib's seeding also switches a CPU build of torch to deterministic algorithms, for all that the process runs."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 class CausalLMModule(TorchRLModule):
