@@ -47,7 +47,7 @@ def hub(files: dict[str, bytes]) -> Iterator[FakeHub]:
 
 def environment(hub: FakeHub, cache: Path, **more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "5",
+    ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "60",
             "OMP_NUM_THREADS": "1"}  # fmt: skip
     return kept | ours | more
 

@@ -166,9 +166,9 @@ def test_gpus_are_shared_out(own: list[str], tmp_path: Path, cluster: None) -> N
         options = read_options("train", engine(own, tmp_path / "out", 4, f"{runners}/{learners}")[1:])
         runner_share, learner_share = gpu_shares(options)
         actors = place(runners, runner_share)
-        ray.get([actor.gpu.remote() for actor in actors], timeout=60)
+        ray.get([actor.gpu.remote() for actor in actors], timeout=300)
         ranks = place(learners, learner_share)
-        theirs = ray.get([actor.gpu.remote() for actor in ranks], timeout=60)
+        theirs = ray.get([actor.gpu.remote() for actor in ranks], timeout=300)
         assert len(set(theirs)) == learners, (runners, learners, theirs)
         for actor in actors + ranks:
             ray.kill(actor)
