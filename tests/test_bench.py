@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ def test_host_syncs_are_counted() -> None:
     x = x.to(frame.device)
     assert frame.host_syncs(lambda: x.sum()) == 0
     assert frame.host_syncs(lambda: (x.sum().item(), x.tolist())) >= 2
+
+
+def test_the_mode_that_tells_of_syncs_is_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = Frame(tiny=True)
+    frame.device = torch.device("cuda")
+    said = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: warnings.warn(said, stacklevel=2))
+    wait = lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+    assert frame.host_syncs(lambda: (wait(), wait())) == 2
 
 
 @pytest.mark.slow

@@ -64,10 +64,10 @@ def script(name: str, file: str, *argv: str, limit: float, needs: tuple[str, ...
 
 
 STAGES = (
-    test("gpu_generation", 180), test("generation_kernels", 150), test("gpu_scoring", 240), test("gpu_quant", 240),
+    test("gpu_generation", 180), test("generation_kernels", 240), test("gpu_scoring", 240), test("gpu_quant", 240),
     bench("generate", ["exact"], 90), bench("generate", ["long"], 120), bench("generate", ["small"], 60),
     bench("score", ["step"]), bench("score", ["groups"]), bench("score", ["flat"]), bench("score", ["rm7b"], 150),
-    script("decode", "generate", limit=240), script("decode-kernels", "decode_kernels", limit=90),
+    script("decode", "generate", limit=300), script("decode-kernels", "decode_kernels", limit=150),
     script("precision", "precision", "--out", "{tmp}/learned", limit=330),
     script("engines", "engines", "--places", "local", "0/0", limit=240, needs=("ray",)),
     script("engines-two", "engines", "--places", "local", "accelerate", "2/2", limit=400, needs=("two GPUs", "ray")),

@@ -48,7 +48,8 @@ class Lanes:
             self.stops = torch.empty(2 * len(stop_ids), dtype=torch.int64, device=self.device)
         self.stops.fill_(NO_STOP)
         if stop_ids:
-            self.stops[: len(stop_ids)] = torch.tensor(stop_ids, device=self.device)
+            held = torch.tensor(stop_ids, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            self.stops[: len(stop_ids)].copy_(held, non_blocking=True)  # no wait for the device
 
     def admit(self, lanes: Tensor, rows: Tensor, token: Tensor, length: Tensor) -> None:
         """Start `rows` [r] in `lanes` [r]: their last prompt token is fed next, `length` keys stand before it."""
