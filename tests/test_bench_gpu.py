@@ -49,7 +49,7 @@ def test_a_stage_that_fails_overruns_or_cannot_run_is_told_and_the_next_goes_on(
     ran = told["stages"]
     assert {name: found["rc"] for name, found in ran.items()} == {"fails": 3, "overruns": None, "works": 0}
     assert ran["fails"]["tail"] == ["before"] and ran["works"]["result"] == {"lines": [], "x": 1}
-    assert 1.0 <= ran["overruns"]["seconds"] < 100
+    assert ran["overruns"]["seconds"] >= 1.0
     assert told["left_out"]["lacks"] == "no_such_package is not installed"
     log = (tmp_path / "log.txt").read_text()
     assert "=== fails: -c" in log and "before" in log and "never\n" not in log
