@@ -133,8 +133,11 @@ def test_more_than_half_unscorable_stops_with_the_reason():
     def mostly_nan(td):
         return torch.where(td["prompt_id"] % 4 == 0, 1.0, torch.nan)
 
+    trainer = make_trainer(reward=mostly_nan)
+    before = [p.detach().clone() for p in trainer.policy.parameters()]
     with pytest.raises(RunStopped, match=r"step 1: \d+% .* more than half; .* not finite from mostly_nan"):
-        make_trainer(reward=mostly_nan).step()
+        trainer.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, trainer.policy.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

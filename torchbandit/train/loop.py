@@ -107,10 +107,10 @@ class BanditTrainer:
         with clock("score"):
             td = self.env.step(td)
         rewards = reward_metrics(td, self.env.group_size, self._reduce if self.world_size > 1 else None)
+        self._stop_if_unscorable(rewards["unscorable"].item(), td)  # learn waits for the device at once anyway
         with clock("learn"):
             learned = self.learn(self.targets(td))
         metrics = to_host(rewards | learned)
-        self._stop_if_unscorable(metrics, td)
         seconds = clock.read()
         total = seconds.pop("total")
         rows = self.world_size * self.env.batch_size
@@ -268,12 +268,12 @@ class BanditTrainer:
         assert isinstance(reduced, Tensor)
         return reduced
 
-    def _stop_if_unscorable(self, metrics: Metrics, td: TensorDict) -> None:
-        if metrics["unscorable"] <= 0.5:
+    def _stop_if_unscorable(self, share: float, td: TensorDict) -> None:
+        if share <= 0.5:
             return
         # The run ends here, so a copy to the host costs nothing any more.
         raise RunStopped(
-            f"step {self.steps_done + 1}: {metrics['unscorable']:.0%} of the batch has no honest score, more than "
+            f"step {self.steps_done + 1}: {share:.0%} of the batch has no honest score, more than "
             f"half; of {len(td)} rows here: {self.env.rewards.why_unscorable(td)}"
         )
 
