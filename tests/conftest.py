@@ -32,14 +32,13 @@ torch.set_num_threads(1)
 
 
 def process() -> dict[str, Any]:
-    """What a test could leave changed behind it. Libraries set variables of their own, and add their own folders."""
+    """What a test could leave changed behind it. Libraries set variables of their own."""
     return {f"${name}": value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {
         "threads": torch.get_num_threads(),
         "default dtype": torch.get_default_dtype(),
         "gradients": torch.is_grad_enabled(),
         "garbage collection": gc.isenabled(),
         "folder": os.getcwd(),
-        "sys.path": [path for path in sys.path if "site-packages" not in path],
     }
 
 
@@ -50,8 +49,9 @@ def alone() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)  # RLlib turns it on for a whole process where a config has a seed
     if "torch._dynamo" in sys.modules:  # a function is compiled anew only so many times in a process
         torch._dynamo.reset()
-    before = process()
+    before, path = process(), list(sys.path)
     yield
+    sys.path[:] = path  # the command line adds the folder that it is called in
     now = process()
     changed = {name: (value, now.get(name)) for name, value in before.items() if now.get(name) != value}
     assert not changed, f"the test left the process changed, from and to: {changed}"

@@ -61,18 +61,13 @@ class Run:
             return update(**kwargs)
 
         self.algo.learner_group.update = spy
+        # Whichever test comes first, it finds the same algorithm.
+        self.first = [reward(self.algo.train()) for _ in range(12)], list(self.draws)
 
     def each(self, fn: Any) -> dict[int, Any]:
         """What `fn` says on every runner."""
         told = self.algo.env_runner_group.foreach_env_runner(lambda r: (r.worker_index, fn(r)), local_env_runner=False)
         return dict(told)
-
-    def assert_no_prompt_lost(self) -> None:
-        """Every runner's draws are its own turns, without a gap and without repeats."""
-        assert len(set(self.draws)) == len(self.draws), "a draw was trained on twice"
-        for rank in (0, 1):
-            own = sorted(d for d in self.draws if d % 2 == rank)
-            assert own == list(range(rank, rank + 2 * len(own), 2)), (rank, own)
 
     def assert_weights_everywhere(self) -> None:
         learner = self.algo.learner_group.get_weights()[DEFAULT_MODULE_ID]["weights"]
@@ -83,6 +78,14 @@ class Run:
             assert theirs.keys() == learner.keys()
             for name, bits in learner.items():
                 assert bits.dtype == theirs[name].dtype and bits.raw.tobytes() == theirs[name].raw.tobytes(), name
+
+
+def assert_no_prompt_lost(draws: list[int]) -> None:
+    """Every runner's draws are its own turns, without a gap and without repeats."""
+    assert len(set(draws)) == len(draws), "a draw was trained on twice"
+    for rank in (0, 1):
+        own = sorted(d for d in draws if d % 2 == rank)
+        assert own == list(range(rank, rank + 2 * len(own), 2)), (rank, own)
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +101,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 def test_learns(run: Run) -> None:
-    history = [reward(run.algo.train()) for _ in range(12)]
+    history, draws = run.first
     assert sum(history[-3:]) / 3 > sum(history[:2]) / 2 + 0.2, history
-    assert len(run.draws) == 12 * 8
-    run.assert_no_prompt_lost()
+    assert len(draws) == 12 * 8
+    assert_no_prompt_lost(draws)
 
 
 def test_bf16_weights_arrive_bit_for_bit(run: Run) -> None:
@@ -137,15 +140,14 @@ def test_killed_runner_comes_back(run: Run, how: str, caplog: pytest.LogCaptureF
         os.kill(pid, signal.SIGKILL)
     time.sleep(0.3)
     with caplog.at_level(logging.WARNING, logger=LOGGER):
-        for _ in range(20):
+        give_up = time.monotonic() + 200  # a process that imports torch may take long on a busy machine
+        while "are back" not in caplog.text and time.monotonic() < give_up:
             result = run.algo.train()
             assert result["env_runners"]["num_env_steps_sampled"] == 32
-            if "are back" in caplog.text:
-                break
     assert "env runner 2 died" in caplog.text and "env runner(s) [2] are back" in caplog.text
     assert run.each(lambda r: os.getpid())[2] != pid
     run.algo.train()
-    run.assert_no_prompt_lost()
+    assert_no_prompt_lost(run.draws)
     run.assert_weights_everywhere()
 
 
@@ -161,7 +163,7 @@ def test_reward_model_that_raises_in_one_replica(run: Run, caplog: pytest.LogCap
     caplog.clear()
     run.algo.train()
     assert not caplog.text and run.each(lambda r: os.getpid())[2] == pid
-    run.assert_no_prompt_lost()
+    assert_no_prompt_lost(run.draws)
 
 
 def test_places_are_in_the_checkpoint(run: Run, tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ def test_places_are_in_the_checkpoint(run: Run, tmp_path: Path) -> None:
     assert {i: str(p) for i, p in run.each(lambda r: r.place()).items()} == places
     run.assert_weights_everywhere()
     run.algo.train()
-    run.assert_no_prompt_lost()
+    assert_no_prompt_lost(run.draws)
 
 
 class OnCpu(BanditEnvRunner):
@@ -190,7 +192,9 @@ def test_two_runners_on_one_gpu(run: Run) -> None:
     config = toy_config(run.paths["policy"], 2).env_runners(num_gpus_per_env_runner=0.5, env_runner_cls=OnCpu)
     algo = config.build_algo()
     told = algo.env_runner_group.foreach_env_runner(lambda r: ray.get_gpu_ids())
-    free = ray.available_resources().get("GPU", 0)
+    give_up = time.monotonic() + 30
+    while (free := ray.available_resources().get("GPU", 0)) and time.monotonic() < give_up:  # told with a delay
+        time.sleep(0.2)
     algo.stop()
     assert told == [[0], [0]] and free == 0
 
