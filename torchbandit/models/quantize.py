@@ -55,7 +55,7 @@ def check_shapes(quantization: Quantization, skeleton: nn.Module, device: torch.
     """
     if quantization != "nf4" or device.type != "cpu":
         return
-    for layer in sorted(inside_layers(skeleton)):
+    for layer in inside_layers(skeleton):
         module = skeleton.get_submodule(layer)
         if isinstance(module, nn.Linear) and module.in_features % 64:
             raise ValueError(f"model {name}: nf4 on the CPU needs layer inputs of a multiple of 64, got "
