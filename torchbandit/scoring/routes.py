@@ -121,9 +121,10 @@ def _probe(model: PreTrainedModel) -> Route:
             # Another end of the same length, so that the same kernels run: what still moves has seen it.
             end = ids[1][:1].expand(len(ids[1]) - 5)
             one, other_end = (_own(model, i, whole) for i in (ids[1], torch.cat((ids[1][:5], end))))
-            causal = (
-                one is not None and other_end is not None and _distance(other_end[:5], one[:5]) < _tolerance(one) / 10
-            )
+            causal = (  # NaN is no sign of the contrary
+                one is not None and other_end is not None
+                and not _distance(other_end[:5], one[:5]) > _tolerance(one) / 10
+            )  # fmt: skip
             if config.is_encoder_decoder or other:
                 why_not = f"it has layers of kind {sorted(other) or 'encoder-decoder'}"
             elif any(hidden is None for hidden in alone):
