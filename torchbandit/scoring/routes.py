@@ -119,8 +119,8 @@ def _probe(model: PreTrainedModel) -> Route:
             alone = [_own(model, i, False) for i in ids]
             whole = alone[0] is None or _head_does_more(model, ids[0], alone[0])
             # Another end of the same length, so that the same kernels run: what still moves has seen it.
-            end = ids[1][:1].expand(len(ids[1]) - 5)
-            one, other_end = (_own(model, i, whole) for i in (ids[1], torch.cat((ids[1][:5], end))))
+            one = _own(model, ids[1], True) if whole else alone[1]
+            other_end = _own(model, torch.cat((ids[1][:5], ids[1][:1].expand(len(ids[1]) - 5))), whole)
             causal = (  # NaN is no sign of the contrary
                 one is not None and other_end is not None
                 and not _distance(other_end[:5], one[:5]) > _tolerance(one) / 10
