@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import subprocess
@@ -71,7 +72,8 @@ def test_packed_padded_and_compiled(
     kind: str, compiled: bool, folders: tuple[Path, Path], right: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     torch._dynamo.reset()
-    args, floor = batch(), {"fp8": 0.98, "int8": 0.99, "nf4": 0.9}[kind]
+    # Weights and activations rounded as fp8 does, and the rest in float32, give scores that correlate by 0.974.
+    args, floor = batch(), {"fp8": 0.95, "int8": 0.99, "nf4": 0.9}[kind]
     exact, exact_logps = right
     lm = load_causal_lm(ModelSpec(folders[0], quantization=kind, compile=compiled), "cuda")
     rm = load_reward_model(ModelSpec(folders[1], quantization=kind, compile=compiled), "cuda")
@@ -86,6 +88,7 @@ def test_packed_padded_and_compiled(
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_estimate_is_what_the_device_gives(kind: str, sharded: Path) -> None:
     load_causal_lm(ModelSpec(sharded, quantization=kind), "cuda")
+    gc.collect()  # the first one's: libraries that a first load brings are not of the weights
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     model = load_causal_lm(ModelSpec(sharded, quantization=kind), "cuda")
@@ -124,9 +127,9 @@ def scores(models: list[PreTrainedModel], args: tuple[torch.Tensor, ...]) -> tor
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
-def test_an_env_sleeps_and_wakes(kind: str | None, folders: tuple[Path, Path]) -> None:
+def test_an_env_sleeps_and_wakes(kind: str | None, folders: tuple[Path, Path], sharded: Path) -> None:
     prompts = PromptSet.from_texts(["one", "three", "five"], byte_tokenizer(), max_length=8)
-    rm, lm = (ModelSpec(folder, quantization=kind, compile=False) for folder in reversed(folders))
+    rm, lm = (ModelSpec(folder, quantization=kind, compile=False) for folder in (folders[1], sharded))
     terms = [RewardModel(rm), KLPenalty(lm)]
     env = BanditEnv(prompts, terms, num_prompts=2, device="cuda")
 
@@ -140,6 +143,7 @@ def test_an_env_sleeps_and_wakes(kind: str | None, folders: tuple[Path, Path]) -
 
     start = env.state_dict()
     first, args = step(), batch()
+    gc.collect()
     before = scores(env.rewards.models(), args)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ from pathlib import Path
 import naive
 import pytest
 import torch
+import torch._inductor.config
 from fakes import fake_batch, tiny_lm, tiny_reward_model
 from test_scoring_compiled import counter  # noqa: F401 (a fixture)
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
@@ -53,6 +54,16 @@ def test_trap_13_heads_embeddings_and_norms_stay(kind: str, folders: dict[str, P
         assert type(weight.data) is torch.Tensor and weight.dtype == torch.float32
         assert model.get_input_embeddings().weight.dtype == model.model.norm.weight.dtype == torch.float32
         assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ON_CPU)
+def test_loading_leaves_the_compiler_as_it_is(kind: str, folders: dict[str, Path]) -> None:
+    """What is compiled later, a policy's training say, is not tuned for minutes."""
+    before = torch._inductor.config.get_config_copy()  # type: ignore[attr-defined]
+    precision = torch.get_float32_matmul_precision()
+    load_reward_model(ModelSpec(folders["rm"], quantization=kind), "cpu")
+    assert torch._inductor.config.get_config_copy() == before  # type: ignore[attr-defined]
+    assert torch.get_float32_matmul_precision() == precision
 
 
 @pytest.mark.parametrize("kind", [asks("nf4")])

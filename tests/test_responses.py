@@ -12,7 +12,7 @@ def masks(rows: int = 200, width: int = 6) -> torch.Tensor:
     return torch.rand(rows, width, generator=torch.Generator().manual_seed(0)) < 0.6
 
 
-@pytest.mark.parametrize("stops", [[], [3], [3, 7], list(range(3, 15))])
+@pytest.mark.parametrize("stops", [[], [3], [3, 7], list(range(3, 15)), [14, 3, 9, 9, 19, 0, 12, 7, 5, 1]])
 def test_stop_ids_as_list_and_as_tensor(stops: list[int]) -> None:
     tokens = torch.randint(0, 20, (50, 6), generator=torch.Generator().manual_seed(0))
     expected = [[token in stops for token in row] for row in tokens.tolist()]

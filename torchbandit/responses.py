@@ -15,8 +15,9 @@ def is_stop(tokens: Tensor, stop_ids: Sequence[int] | Tensor) -> Tensor:
         tokens: int64, any shape.
         stop_ids: ids that end a response; a tensor (on tokens' device) costs no copy.
     """
-    if isinstance(stop_ids, Tensor) and stop_ids.numel() > 8:
-        return torch.isin(tokens, stop_ids)
+    if isinstance(stop_ids, Tensor) and stop_ids.numel() > 8:  # torch.isin would wait for the device
+        known = stop_ids.sort().values
+        return known[torch.searchsorted(known, tokens).clamp_max_(len(known) - 1)] == tokens
     # Comparing with a few, one by one, is ten times as fast as isin on a CPU.
     stops: Sequence[int | Tensor] = stop_ids.unbind() if isinstance(stop_ids, Tensor) else stop_ids
     hit: Tensor | None = None

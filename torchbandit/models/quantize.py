@@ -76,8 +76,10 @@ def config(quantization: Quantization, keep: list[str], dtype: torch.dtype) -> A
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8WeightOnlyConfig, PerRow
 
     # int8: weights alone, a scale a row. torchao's product of int8 activations syncs with the host when not compiled.
-    kind = Int8WeightOnlyConfig() if quantization == "int8" else Float8DynamicActivationFloat8WeightConfig(
-        granularity=PerRow()
+    # And no advice for the compiler, which torchao would set for the whole process: all that is compiled later, the
+    # policy's training with it, would be tuned for minutes.
+    kind = Int8WeightOnlyConfig(set_inductor_config=False) if quantization == "int8" else (
+        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     )  # fmt: skip
     return TorchAoConfig(kind, modules_to_not_convert=keep)
 

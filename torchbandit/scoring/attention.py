@@ -59,9 +59,17 @@ def attention(
         scaling = float(query.shape[-1] ** -0.5)
     if segments is None:
         return _right_padded(query, key, value, scaling, sliding_window).transpose(1, 2), None
-    flat = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    flat_query, flat_key, flat_value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    # Where rotation left heads outermost (GPT-NeoX), a compiler writes token by token at once, and nothing is copied.
     out: Tensor = _Packed.apply(  # type: ignore[no-untyped-call]
-        *flat, segments.starts, segments.longest, segments.shared, scaling, sliding_window or 0
+        flat_query.contiguous(),
+        flat_key.contiguous(),
+        flat_value,
+        segments.starts,
+        segments.longest,
+        segments.shared,
+        scaling,
+        sliding_window or 0,
     )
     return out.unsqueeze(0), None
 

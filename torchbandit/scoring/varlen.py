@@ -35,8 +35,9 @@ def varlen_forward(
             query, key, value, starts_q, starts_k, size_of(longest_q), size_of(longest_k), 0.0, causal, False,
             scale=scale, window_size_left=window - 1 if window else -1, window_size_right=0 if causal else -1,
         )  # fmt: skip
-        # Where a query has no key the kernel says +inf; the log of an empty sum is -inf.
-        return out, lse if causal else lse.masked_fill(lse == torch.inf, -torch.inf)
+        # Where a query has no key the kernel says +inf; the log of an empty sum is -inf. It lays its output out as the
+        # query is laid out, and gradients likewise; compilers were promised plain rows.
+        return out.contiguous(), lse if causal else lse.masked_fill(lse == torch.inf, -torch.inf)
     weights, grouped = _weights(query, key, starts_q, starts_k, longest_q, longest_k, causal, scale, window)
     lse = torch.logsumexp(weights, -1)
     values = _blocks(value, starts_k, size_of(longest_k), grouped)
@@ -76,7 +77,7 @@ def varlen_backward(
             size_of(longest_q), size_of(longest_k), 0.0, causal, unused, unused,
             scale=scale, window_size_left=window - 1 if window else -1, window_size_right=0 if causal else -1,
         )  # fmt: skip
-        return dq, dk, dv
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
     weights, grouped = _weights(query, key, starts_q, starts_k, longest_q, longest_k, causal, scale, window)
     Lq, Lk = size_of(longest_q), size_of(longest_k)
     dout, whole = _blocks(grad, starts_q, Lq), _blocks(out, starts_q, Lq)
