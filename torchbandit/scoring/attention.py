@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from torchbandit.scoring.packs import Segments, SharedPrompt, size_of
-from torchbandit.scoring.varlen import prompt_backward, prompt_forward, varlen_backward, varlen_forward
+from torchbandit.scoring.varlen import prompt_backward, shared_forward, varlen_backward, varlen_forward
 
 NAME = "torchbandit"
 
@@ -88,10 +88,9 @@ def _right_padded(query: Tensor, key: Tensor, value: Tensor, scaling: float, win
 class _Packed(torch.autograd.Function):
     """Attention over one packed line: query [W, heads, D], key and value [W, KV heads, D] -> [W, heads, D].
 
-    With shared prompts a response token has two calls' worth of keys: its own response (causal, together with the
-    prompts' own attention) and its group's prompt. Two softmaxes over parts of the keys make the whole one, weighted
-    by their log-sum-exps. Backward needs no more than that: given the whole output and its log-sum-exp, flash
-    attention's backward over a part of the keys gives that part's share of the gradients.
+    With shared prompts a response token has two parts of keys: its own response (causal, as the prompts' own) and its
+    group's prompt. Given the whole output and its log-sum-exp, flash attention's backward over a part of the keys
+    gives that part's share of the gradients.
     Source: Dao et al. 2022 (FlashAttention), section 3.1 and appendix B; Liu et al. 2023 (Ring Attention).
     """
 
@@ -100,17 +99,10 @@ class _Packed(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: Tensor,
         shared: SharedPrompt | None, scaling: float, window: int,
     ) -> Tensor:  # fmt: skip
-        out, lse = varlen_forward(query, key, value, starts, starts, longest, longest, True, scaling, window)
-        if shared is not None:
-            p, r = size_of(shared.prompts), size_of(shared.responses)
-            far, far_lse = prompt_forward(query, key, value, *shared, scaling)
-            near, near_lse = out[p : p + r], lse[:, p : p + r]
-            # One sigmoid: a compiler runs this at every element, where two softmaxes would cost more than the memory.
-            weight = torch.sigmoid(far_lse - near_lse).t().unsqueeze(-1)
-            merged = (near * (1 - weight) + far * weight).to(out.dtype)
-            whole = torch.logaddexp(near_lse, far_lse)
-            out = torch.cat((out[:p], merged, out[p + r :]))
-            lse = torch.cat((lse[:, :p], whole, lse[:, p + r :]), 1)
+        if shared is None:
+            out, lse = varlen_forward(query, key, value, starts, starts, longest, longest, True, scaling, window)
+        else:
+            out, lse = shared_forward(query, key, value, starts, longest, *shared, scaling)
         ctx.save_for_backward(query, key, value, out, lse, starts, longest, *(shared or ()))
         ctx.scaling, ctx.window = scaling, window
         return out  # type: ignore[no-any-return]

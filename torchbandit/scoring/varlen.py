@@ -107,45 +107,55 @@ def _(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-# A line with shared prompts holds all prompts, then all responses. The ops below cut it up inside: compilers would
-# compute a slice that goes into an op a second time, rotary embedding and all.
-@torch.library.custom_op("torchbandit::prompt_forward", mutates_args=())
-def prompt_forward(
-    query: Tensor, key: Tensor, value: Tensor, prompts: Tensor, responses: Tensor,
+@torch.library.custom_op("torchbandit::shared_forward", mutates_args=())
+def shared_forward(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: Tensor, prompts: Tensor, responses: Tensor,
     starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of each group's responses to the prompt that they share.
+    """Attention over a line of prompts and then responses: of each segment to itself, causal, and of each group's
+    responses to the prompt that they share.
 
     Args:
-        query: [N, H, D]; key, value: [N, K, D]: the whole line.
+        query: [N, H, D]; key, value: [N, K, D]: the whole line; starts, longest: of its segments.
         prompts, responses: size carriers, p and r tokens.
         starts_q: over response tokens; starts_k: over prompt tokens; the rest as in `varlen_forward`.
     Returns:
-        ([r, H, D], log-sum-exp [H, r] float32).
+        ([N, H, D], log-sum-exp [H, N] float32).
     """
     p, r = size_of(prompts), size_of(responses)
-    q, k, v = query[p : p + r], key[:p], value[:p]
-    out: tuple[Tensor, Tensor] = varlen_forward(
-        q, k, v, starts_q, starts_k, longest_q, longest_k, False, scale, 0
-    )  # fmt: skip
-    return out
+    if _has_kernel(query) and query.shape[2] <= 128:
+        from torchbandit.scoring import kernels  # Triton exists with CUDA alone
+
+        return kernels.shared_attention(query, key, value, starts, size_of(longest), p, r, starts_q, starts_k, scale)
+    out, lse = varlen_forward(query, key, value, starts, starts, longest, longest, True, scale, 0)
+    far, far_lse = varlen_forward(
+        query[p : p + r], key[:p], value[:p], starts_q, starts_k, longest_q, longest_k, False, scale, 0
+    )
+    near, near_lse = out[p : p + r], lse[:, p : p + r]
+    # Two softmaxes over parts of the keys make the whole one, weighted by their log-sum-exps.
+    weight = torch.sigmoid(far_lse - near_lse).t().unsqueeze(-1)
+    merged = (near * (1 - weight) + far * weight).to(out.dtype)
+    whole = torch.logaddexp(near_lse, far_lse)
+    return torch.cat((out[:p], merged, out[p + r :])), torch.cat((lse[:, :p], whole, lse[:, p + r :]), 1)
 
 
-@prompt_forward.register_fake
+@shared_forward.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, prompts: Tensor, responses: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: Tensor, prompts: Tensor, responses: Tensor,
     starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    H, D, r = *query.shape[1:], size_of(responses)
-    return query.new_empty((r, H, D)), query.new_empty((H, r), dtype=torch.float32)
+    N, H, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((H, N), dtype=torch.float32)
 
 
+# The op below cuts the line up inside: compilers would compute a slice that goes into an op a second time, rotary
+# embedding and all.
 @torch.library.custom_op("torchbandit::prompt_backward", mutates_args=())
 def prompt_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, prompts: Tensor,
     responses: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of `prompt_forward`.
+    """Gradients of the part of `shared_forward` in which responses see their prompts.
 
     Args:
         grad, out: [N, H, D]; lse: [H, N] float32: of the whole attention over the whole line; the rest as above.
