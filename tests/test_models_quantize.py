@@ -11,6 +11,7 @@ import torch
 import torch._inductor.config
 from fakes import fake_batch, tiny_lm, tiny_reward_model
 from test_scoring_compiled import counter  # noqa: F401 (a fixture)
+from torch._dynamo.utils import counters
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
 from torchbandit.models import ModelSpec, load_causal_lm, load_reward_model, quantize
@@ -106,6 +107,21 @@ def test_packed_padded_and_compiled_agree(
             packed = score(model, *args, group_size=2, plan=make_plan(args[1], args[3], packing=True, group_size=2))
             torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4)
     assert (counter.frame_count > 0) == compiled
+
+
+@pytest.mark.parametrize("kind", [asks("int8")])
+def test_compiled_int8_products_stay_products(kind: str, folders: dict[str, Path]) -> None:
+    """Inductor knows their pattern, and a kernel for it that a pack of tokens must not meet."""
+    args = naive.tensors(fake_batch(num_prompts=2))
+    rm = load_reward_model(ModelSpec(folders["rm"], dtype="bfloat16", quantization=kind, compile=True), "cpu")
+    before = counters["inductor"]["woq_matcher_count"]
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+        compiled = sequence_scores(rm, *args)
+    assert counters["inductor"]["fxgraph_cache_bypass"] or counters["aot_autograd"]["total"], "it was not compiled"
+    assert counters["inductor"]["woq_matcher_count"] == before
+    rm.torchbandit_compile = False
+    with torch.no_grad():
+        torch.testing.assert_close(compiled, sequence_scores(rm, *args), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("kind", ON_CPU)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchbandit.models import wants_compile
+from torchbandit.models.offload import plain_tensors
 from torchbandit.scoring.attention import blocks, checkpointed
 
 backend = "inductor"
@@ -42,7 +43,12 @@ def layers(model: PreTrainedModel, *, trimmed: bool = False) -> Iterator[None]:
         return
     calls = _calls.get(model)
     if calls is None:
-        calls = _calls[model] = {kind: own(_call_layer) for kind in ("layer", "last", "norm")}
+        # Products with int8 weights stay what they are: Inductor would give them to a kernel made for single tokens, on
+        # CUDA some hundred times slower for a pack than a product in bfloat16.
+        how: dict[str, Any] = {}
+        if backend == "inductor" and any(tensor.dtype == torch.int8 for tensor in plain_tensors(model)):
+            how["options"] = {"pattern_matcher": False}
+        calls = _calls[model] = {kind: own(_call_layer, **how) for kind in ("layer", "last", "norm")}
     modules = [(block, "layer") for block in blocks(model)]
     if trimmed:
         modules[-1] = (modules[-1][0], "last")
@@ -66,8 +72,8 @@ def _final_norm(model: PreTrainedModel) -> nn.Module | None:
     return next((m for name in ("norm", "ln_f", "final_layer_norm") if (m := body._modules.get(name))), None)
 
 
-def own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled, with a code object of its own.
+def own(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    """`function` compiled, with a code object of its own; `how` goes to the compiler.
 
     The compiler counts graphs by code object and gives up past a handful; models, which differ in shapes, must not
     share that count.
@@ -79,7 +85,7 @@ def own(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__defaults__,
         function.__closure__,
     )
-    return torch.compile(copy, dynamic=True, backend=backend)
+    return torch.compile(copy, dynamic=True, backend=backend, **how)
 
 
 def reduction(model: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ LOG2_E = 1.4426950408889634
 def shared_attention(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, prompts: int, responses: int,
     starts_q: Tensor, starts_k: Tensor, scale: float,
-    *, block_q: int = 128, block_k: int = 64, warps: int = 4, stages: int = 3,
+    *, block_q: int = 64, block_k: int = 64, warps: int = 4, stages: int = 3,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Each token sees its own segment up to itself, and a response's token its group's whole prompt before that.
 
