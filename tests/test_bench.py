@@ -14,6 +14,7 @@ import torch
 from torchbandit import cli
 from torchbandit.bench import step
 from torchbandit.bench.frame import Frame, Line, Peer
+from torchbandit.bench.memory import peak_bytes
 from torchbandit.bench.peers import DEFAULTS, read_settings
 
 
@@ -92,6 +93,53 @@ def test_the_best_peer_is_the_quickest() -> None:
     assert line.best == line.peers[1]
     assert "2 x b, the best peer; 5 x a" in line.text()
     assert Line("step", "w", 10.0, "rows/s", 9.0, 11.0).best is None
+
+
+def block(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def test_the_peak_on_a_cpu_is_of_what_lies_there_at_a_time() -> None:
+    cpu = torch.device("cpu")
+
+    def three_one_less_one_more(last: int) -> None:
+        a, b, c = block(3000), block(5000), block(7000)
+        del b
+        d = block(last)
+        del a, c, d
+
+    given = block(1000)
+
+    def a_temporary_dominates() -> None:
+        kept = given.double().to(torch.uint8)
+        block(2000)
+        del kept
+
+    assert peak_bytes(lambda: three_one_less_one_more(4000), cpu) == 3000 + 5000 + 7000
+    assert peak_bytes(lambda: three_one_less_one_more(6000), cpu) == 3000 + 7000 + 6000
+    assert peak_bytes(a_temporary_dominates, cpu) == 8000 + 1000
+    assert peak_bytes(lambda: None, cpu) == 0
+    assert Frame(tiny=True).peak_gb(lambda: block(4000), cpu) == pytest.approx(4e-6)
+
+
+def test_what_was_there_before_a_call_is_no_part_of_its_peak() -> None:
+    cpu, held = torch.device("cpu"), [block(5000)]
+    assert peak_bytes(lambda: held.append(block(7000)), cpu) == 7000  # the profiler knows of this one from now on
+
+    def call() -> None:
+        held.clear()
+        block(3000)
+        block(2000)
+
+    assert peak_bytes(call, cpu) == 3000
+
+
+def test_a_small_peak_is_readable() -> None:
+    def text(peak: float | None) -> str:
+        return Line("step", "w", 10.0, "rows/s", 9.0, 11.0, peak_gb=peak).text()
+
+    assert "; peak 2.1 MB" in text(0.0021) and "; peak 0.25 GB" in text(0.25) and "; peak 36 GB" in text(36.0)
+    assert "peak" not in text(None)
 
 
 def test_host_syncs_are_counted() -> None:

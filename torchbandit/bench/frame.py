@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torchbandit.bench.environment import environment
+from torchbandit.bench.memory import peak_bytes
 from torchbandit.bench.peers import installed
 from torchbandit.testing.host_copy import count_host_copies
 
@@ -47,7 +48,7 @@ class Line:
         rate, unit: the median, in rows or tokens a second; `low` and `high` are the spread.
         ceiling: what bounds the rate, and `percent` of it.
         peers: the same work by others; `best` is the quickest.
-        peak_gb: of the device, above what lay there before; None on a CPU.
+        peak_gb: of the device, above what lay there before; None where it was not measured.
         host_syncs: copies to the host in one call; None where it was not counted.
         notes: what a reader must know to compare fairly.
         more: further numbers.
@@ -79,7 +80,8 @@ class Line:
             parts.append(f"{self.best.ratio:.3g} x {self.best.name}, the best peer")
         parts += [f"{p.ratio:.3g} x {p.name}" for p in self.peers if p is not self.best]
         if self.peak_gb is not None:
-            parts.append(f"peak {self.peak_gb:.3g} GB")
+            few = self.peak_gb < 0.1
+            parts.append(f"peak {self.peak_gb * 1e3:.3g} MB" if few else f"peak {self.peak_gb:.3g} GB")
         if self.host_syncs is not None:
             parts.append(f"{self.host_syncs} host syncs")
         lines = [f"{self.bench:8} {'; '.join(parts)}"]
@@ -178,17 +180,9 @@ class Frame:
         if (device or self.device).type == "cuda":
             torch.cuda.synchronize()
 
-    def peak_gb(self, call: Callable[[], Any]) -> float | None:
-        """Call, and tell the GB of the device above what lay there before; None on a CPU."""
-        if not self.cuda:
-            call()
-            return None
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        self.wait()
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    def peak_gb(self, call: Callable[[], Any], device: torch.device | None = None) -> float:
+        """Call, and tell the GB above what lay there before: see `peak_bytes`."""
+        return peak_bytes(call, device or self.device) / 1e9
 
     def host_syncs(self, call: Callable[[], Any]) -> int:
         """Times that the host waits for the device, or on a CPU would.

@@ -184,7 +184,7 @@ def ref_row(run: Run) -> dict[str, Any]:
         add(
             run, f"reference log-probs, 1b, {run.rows(512)} rows of mixed lengths", "1b", tokens_of(args), took,
             flop=flop, theirs={"transformers, full logits, sorted": row["hf_sorted_tok_s"]}, row=row,
-            peak_gb=row["compiled_peak_gb"] if run.frame.cuda else None, ours=ours,
+            peak_gb=row["compiled_peak_gb"], ours=ours,
         )  # fmt: skip
     return row
 
@@ -249,7 +249,7 @@ def grad_row(run: Run) -> dict[str, Any]:
             tokens_of(args), took, flop=3 * flops(model, args, int(args[3].sum())),
             theirs={"transformers, full logits, sorted": row["hf_sorted_tok_s"]},
             row=cell | {k: row[k] for k in ("gradient_distance", "error_std", "hf_sorted_peak_gb")},
-            peak_gb=cell["peak_gb"] if run.frame.cuda else None, ours=ours,
+            peak_gb=cell["peak_gb"], ours=ours,
         )  # fmt: skip
         if run.frame.profile and budget == 24576:
             profile(run, ours)

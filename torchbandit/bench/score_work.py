@@ -71,8 +71,8 @@ class Run:
         return self.last.median
 
     def peak(self, work: Callable[[], Any]) -> float:
-        """GB above what was allocated before; 0 on a CPU."""
-        return self.frame.peak_gb(work) or 0.0
+        """GB above what was allocated before."""
+        return self.frame.peak_gb(work)
 
 
 def build(run: Run, shape: str, kind: type[PreTrainedModel], compile: bool, seed: int = 0) -> PreTrainedModel:
