@@ -29,6 +29,7 @@ def bench(what: str, capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str
     for line in found["lines"]:
         assert line["work"] in out and line["unit"] in ("rows/s", "tokens/s", "samples/s")
         assert 0 < line["low"] <= line["rate"] <= line["high"], line
+        assert line["bench"] == "train" or line["peak_gb"] > 0, line
         assert line["host_syncs"] is not None and line["percent"] > 0 and line["ceiling"], line
         for peer in line["peers"]:
             assert peer["ratio"] == pytest.approx(line["rate"] / peer["rate"]), line

@@ -158,7 +158,7 @@ def fixed(work: Work, shape: str, rows: int, P: int, C: int, *, peers: bool = Fa
         rows, P, C = max(rows // 32, 4), 16, 12
     check_bf16(frame, model)
     ids, mask = prompts(frame, model.config.vocab_size, rows, P)
-    peaks: list[float | None] = []
+    peaks: list[float] = []
     first = frame.time(lambda: peaks.append(frame.peak_gb(lambda: ours(model, ids, mask, C))), repeats=1, warm=0).median
     compiled = record_s(model)
     if once:  # thousands of steps need no second call to be told apart from what comes once
@@ -213,7 +213,8 @@ def ragged(work: Work) -> None:
     made = ours(model, ids, mask, T, stops, places=places)
     assert float(made.finished.float().mean()) > 0.9
     lengths = made.mask.sum(-1)
-    took = frame.time(lambda: ours(model, ids, mask, T, stops, places=places), repeats=3, warm=1)
+    call = functools.partial(ours, model, ids, mask, T, stops, places=places)
+    took = frame.time(call, repeats=3, warm=1)
     # What a step costs at each batch size: calls in which every row draws as many tokens as one does here on average.
     draws, costs, sizes = max(int(lengths.float().mean()) // 2, 4), {}, [places]
     while sizes[-1] > places // 16 and sizes[-1] > 1:
@@ -231,7 +232,7 @@ def ragged(work: Work) -> None:
         "generate", f"1b, ragged, {rows} rows in {places} places, prompts of {P}", tokens / took.median, "tokens/s",
         tokens / took.high, tokens / took.low, percent=100 * (perfect + prefill) / took.median,
         ceiling="perfect compaction by the same steps' costs",
-        host_syncs=frame.host_syncs(lambda: ours(model, ids, mask, T, stops, places=places)),
+        peak_gb=frame.peak_gb(call), host_syncs=frame.host_syncs(call),
         more={"mean length": float(lengths.float().mean()), "longest": int(lengths.max()),
               "over perfect compaction": took.median / (perfect + prefill),
               "ms a step by rows": {n: round(1e3 * s, 3) for n, s in costs.items()}},

@@ -118,7 +118,7 @@ def measure(frame: Frame, policy: str, rows: int, first: float | None) -> float:
 
         both = frame.alternate({"alone": alone, "ours": ours}, device=device, repeats=30, warm=5)
         peer = frame.alternate({"theirs": theirs}, device=device, repeats=5, warm=1)["theirs"]
-        syncs = frame.host_syncs(ours)
+        syncs, peak = frame.host_syncs(ours), frame.peak_gb(ours, device)
     finally:
         algo.stop()
         stock.stop()
@@ -126,7 +126,7 @@ def measure(frame: Frame, policy: str, rows: int, first: float | None) -> float:
     line = Line(
         "rllib", f"sample + get_metrics, {rows} rows", rows / seconds.median, "rows/s", rows / seconds.high,
         rows / seconds.low, percent=100 * both["alone"].median / seconds.median, ceiling="the env's own rate",
-        host_syncs=syncs,
+        peak_gb=peak, host_syncs=syncs,
         peers=[Peer("RLlib's own runner and connectors", rows / peer.median, peer.median / seconds.median)],
     )  # fmt: skip
     line.more["runner over the env, ms"] = over * 1e3

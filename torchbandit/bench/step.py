@@ -94,7 +94,7 @@ def measure(frame: Frame, device: torch.device) -> None:
         a_row[rows] = ours.median / rows
         line = Line(
             "step", f"reset + step, {rows} rows, {where}", rows / ours.median, "rows/s", rows / ours.high,
-            rows / ours.low, host_syncs=frame.host_syncs(work.ours),
+            rows / ours.low, peak_gb=frame.peak_gb(work.ours, device), host_syncs=frame.host_syncs(work.ours),
         )  # fmt: skip
         line.percent, line.ceiling = 100 * work.least_bytes() / copy_rate / ours.median, "the copy bandwidth"
         line.more["over the bare index, gather and reward tensors"] = ours.median / bare.median
