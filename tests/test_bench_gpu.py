@@ -73,16 +73,40 @@ def test_what_the_budget_does_not_hold_is_left_out(tmp_path: Path) -> None:
     assert told["stages"] == {} and told["left_out"] == {"long": "no time was left"}
 
 
-def test_an_ended_run_keeps_what_it_has_and_leaves_nothing_running(tmp_path: Path) -> None:
+def test_tests_run_side_by_side_and_first(tmp_path: Path) -> None:
+    """Each of the two waits for the other's file; the log holds both, whole."""
+    wait = """
+import pathlib, sys, time
+here, there = (pathlib.Path({folder!r}) / name for name in {names})
+here.touch()
+while not there.exists():
+    time.sleep(0.05)
+print('it is there')
+"""
+    names = ("one", "two")
+    tests = [
+        stage(f"test-{name}", wait.format(folder=str(tmp_path), names=(name, names[1 - i])))
+        for i, name in enumerate(names)
+    ]
+    last = stage("measures", f"import os; print(sorted(set(os.listdir({str(tmp_path)!r})) & {set(names)!r}))")
+    told = gpu.run([last, *tests], tmp_path, tiny=True, budget=1e9)["stages"]
+    assert {name: found["rc"] for name, found in told.items()} == {"test-one": 0, "test-two": 0, "measures": 0}
+    assert told["test-one"]["tail"] == told["test-two"]["tail"] == ["it is there"]
+    assert told["measures"]["tail"] == ["['one', 'two']"]
+    assert (tmp_path / "log.txt").read_text().count("\nit is there\n") == 2
+
+
+@pytest.mark.parametrize("names", [("first", "second"), ("first", "test-second")])
+def test_an_ended_run_keeps_what_it_has_and_leaves_nothing_running(names: tuple[str, str], tmp_path: Path) -> None:
     """Its second stage ends the run itself, and would sleep on."""
+    kill = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(1000)"
     code = f"""
 import sys
 sys.path.insert(0, {str(GPU)!r})
 import all as gpu
 gpu.STAGES = (
-    gpu.Stage("first", ("-c", "print(1)"), 100, (), ()),
-    gpu.Stage("second", ("-c", "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(1000)"), 100,
-              (), ()),
+    gpu.Stage({names[0]!r}, ("-c", "print(1)"), 100, (), ()),
+    gpu.Stage({names[1]!r}, ("-c", {kill!r}), 100, (), ()),
 )
 sys.argv = ["all", "--tiny", "--out", {str(tmp_path)!r}]
 sys.exit(gpu.main())
@@ -91,7 +115,8 @@ sys.exit(gpu.main())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 143, done.stderr
     ran = json.loads((tmp_path / "results.json").read_text())["stages"]
-    assert ran["first"]["rc"] == 0 and ran["second"] == {"running": True}
+    assert ran.pop(names[1]) == {"running": True}
+    assert all(found["rc"] == 0 for found in ran.values()) and len(ran) == (names[1] == "second")
 
 
 def test_a_stage_ends_with_all_that_it_started() -> None:
@@ -114,10 +139,12 @@ def test_the_list_names_what_there_is() -> None:
         asked = [stage.command[5:] for stage in gpu.STAGES if stage.command[1:4] == ("torchbandit", "bench", what)]
         assert sorted(row for part in asked for row in part) == sorted(known)
     tests = {path.name for path in Path(__file__).parent.glob("test_gpu_*.py")}
-    assert tests | {"test_generation_kernels.py"} == {Path(word).name for word in words if word.startswith("tests/")}
+    assert tests | {"test_generation_kernels.py", "test_scoring_kernels.py"} == {
+        Path(word).name for word in words if word.startswith("tests/")
+    }
 
 
-@pytest.mark.parametrize("script", ["generate", "decode_kernels"])
+@pytest.mark.parametrize("script", ["generate", "decode_kernels", "scoring_kernels"])
 def test_the_studies_run(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Tiny, so that they never rot; their own assertions are part of it."""
     ways = ["--rows", "b256", "long", "--ways", "plain", "two streams"] if script == "generate" else []
@@ -125,7 +152,7 @@ def test_the_studies_run(script: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr("sys.argv", [script, "--tiny", *ways])
     runpy.run_path(str(GPU / f"{script}.py"), run_name="__main__")
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    if script == "decode_kernels":
+    if script != "generate":
         return
     assert set(found["rows"]) == {"b256", "long"}
     for row in found["rows"].values():

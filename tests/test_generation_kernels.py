@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
-
 import pytest
 import torch
 from torch import Tensor
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton comes with CUDA builds of torch", allow_module_level=True)
-if not torch.cuda.is_available():
-    if tuple(int(part) for part in importlib.metadata.version("numpy").split(".")[:2]) >= (2, 4):
-        pytest.skip("no CUDA, and Triton's interpreter needs numpy below 2.4", allow_module_level=True)
-    os.environ["TRITON_INTERPRET"] = "1"
+from triton_here import DEVICE
 
 from torchbandit.generation import attention, kernels
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 

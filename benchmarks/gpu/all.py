@@ -5,7 +5,8 @@
     python benchmarks/gpu/all.py --out results --tiny                    # everything small: also on a CPU
     python benchmarks/gpu/all.py --list
 
-A stage is a process with a time limit. One that fails, or is ended at its limit, is told, and the next one goes on; one
+A stage is a process with a time limit. Tests, which measure nothing, run side by side first; the others one by one, as
+asked. One that fails, or is ended at its limit, is told, and the next one goes on; one
 that cannot run here is left out with the reason. What a stage prints goes to DIR/log.txt as it is printed, and
 DIR/results.json, with the JSON of every stage, is written anew when one ends, so that an ended run loses nothing. The
 last lines are a table and JSON; the exit status is 1 if any stage failed.
@@ -21,8 +22,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +67,8 @@ def script(name: str, file: str, *argv: str, limit: float, needs: tuple[str, ...
 
 
 STAGES = (
-    test("gpu_generation", 180), test("generation_kernels", 240), test("gpu_scoring", 240), test("gpu_quant", 240),
+    test("scoring_kernels", 180), test("gpu_scoring", 240), test("gpu_generation", 240), test("gpu_quant", 300),
+    test("generation_kernels", 240), script("scoring-kernels", "scoring_kernels", limit=90),
     bench("generate", ["exact"], 90), bench("generate", ["long"], 120), bench("generate", ["small"], 60),
     bench("score", ["step"]), bench("score", ["groups"]), bench("score", ["flat"]), bench("score", ["rm7b"], 150),
     script("decode", "generate", limit=300), script("decode-kernels", "decode_kernels", limit=150),
@@ -96,45 +100,73 @@ def lacking(stage: Stage, tiny: bool) -> str | None:
     return None
 
 
+running: set[subprocess.Popen[bytes]] = set()
+writing = threading.Lock()
+
+
 def run(stages: Sequence[Stage], out: Path, *, tiny: bool, budget: float) -> dict[str, Any]:
     """Run the stages one after the other; returns what results.json holds: seconds, rc, tail and JSON by stage."""
     out.mkdir(parents=True, exist_ok=True)
     told: dict[str, Any] = {"tiny": tiny, "budget_s": budget, "stages": {}, "left_out": {}}
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as tmp, (out / "log.txt").open("ab") as log:
-        for stage in stages:
+    with tempfile.TemporaryDirectory() as tmp:
+        tests = [stage for stage in stages if stage.name.startswith("test-")]
+        others = [stage for stage in stages if stage not in tests]
+
+        def go(stage: Stage) -> None:
             left = budget - (time.monotonic() - begin)
             why = lacking(stage, tiny) or ("no time was left" if left < min(10, stage.limit) else None)
             if why is None:
                 told["stages"][stage.name] = {"running": True}
                 write(out, told)
-                told["stages"][stage.name] = found = one(stage, log.fileno(), out, tmp, tiny, min(stage.limit, left))
+                log = out / "log.txt" if stage in others else Path(tmp) / f"{stage.name}.txt"
+                found = one(stage, log, tmp, tiny, min(stage.limit, left))
+                told["stages"][stage.name] = found
                 print(f"{stage.name}: {verdict(found)} in {found['seconds']:.0f} s", flush=True)
             else:
                 told["left_out"][stage.name] = why
                 print(f"left out: {stage.name}: {why}", flush=True)
+
+        with ThreadPoolExecutor(max(len(tests), 1)) as pool:
+            try:
+                list(pool.map(go, tests))
+            except BaseException:  # the run is ended: so are they, and the pool need not wait
+                for process in list(running):
+                    end(process)
+                raise
+            finally:
+                with (out / "log.txt").open("ab") as whole:
+                    for log in Path(tmp).glob("test-*.txt"):
+                        whole.write(log.read_bytes())
+        write(out, told)
+        for stage in others:
+            go(stage)
             write(out, told)
     return told
 
 
-def one(stage: Stage, log: int, out: Path, tmp: str, tiny: bool, limit: float) -> dict[str, Any]:
-    """Run a stage, in a process group of its own so that all it started ends with it."""
+def one(stage: Stage, path: Path, tmp: str, tiny: bool, limit: float) -> dict[str, Any]:
+    """Run a stage, in a process group of its own so that all it started ends with it; `path` is its log."""
     argv = [x.replace("{tmp}", tmp) for x in (*stage.command, *(stage.tiny if tiny else ()))]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    os.write(log, f"\n=== {stage.name}: {' '.join(argv)}\n".encode())
-    at, begin = (out / "log.txt").stat().st_size, time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, *argv], cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
-    )  # fmt: skip
-    try:
-        rc: int | None = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        rc = None
-    finally:
-        end(process)
+    modules = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with path.open("ab") as log:
+        log.write(f"\n=== {stage.name}: {' '.join(argv)}\n".encode())
+        log.flush()
+        at, begin = log.tell(), time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, *argv], cwd=ROOT, env=os.environ | {"PYTHONPATH": modules, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
+        )  # fmt: skip
+        running.add(process)
+        try:
+            rc: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            rc = None
+        finally:
+            end(process)
+            running.discard(process)
     seconds = time.monotonic() - begin
-    with (out / "log.txt").open("rb") as file:
+    with path.open("rb") as file:
         file.seek(at)
         lines = file.read().decode(errors="replace").splitlines()
     result = next((found for line in reversed(lines) if (found := parsed(line)) is not None), None)
@@ -194,8 +226,9 @@ def table(told: dict[str, Any]) -> str:
 
 def write(out: Path, told: dict[str, Any]) -> None:
     """All at once: a reader, or an end at any moment, finds a whole file."""
-    (out / "results.json.new").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    (out / "results.json.new").replace(out / "results.json")
+    with writing:
+        (out / "results.json.new").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        (out / "results.json.new").replace(out / "results.json")
 
 
 def main() -> int:

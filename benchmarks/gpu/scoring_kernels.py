@@ -1,0 +1,114 @@
+"""Attention of packed lines alone: the kernel for shared prompts in several settings, beside two passes of torch's own.
+
+    python benchmarks/gpu/scoring_kernels.py          # on one GPU; --tiny to see that it runs there
+
+Groups of eight responses of `torchbandit bench score --rows groups`, and rows of mixed lengths without shared prompts,
+where the kernel is not in use and torch's one pass stands beside it. 32 heads of 64 with 8 key heads. Microseconds;
+each result is compared with torch's. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from typing import Any
+
+import torch
+from generate import alone
+from torch import Tensor
+
+from torchbandit.bench.environment import environment
+from torchbandit.bench.frame import Frame, short
+from torchbandit.scoring.packs import size_carrier
+from torchbandit.scoring.varlen import varlen_forward
+
+SETTINGS = tuple(
+    dict(zip(("block_q", "block_k", "warps", "stages"), setting, strict=True))
+    for setting in ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 4), (64, 32, 4, 3), (64, 128, 4, 3), (128, 64, 4, 3),
+                    (128, 64, 8, 3), (128, 128, 8, 2), (32, 64, 2, 3))
+)  # fmt: skip
+SCALE = 0.125
+
+
+def cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+
+
+def merged(near: Tensor, near_lse: Tensor, far: Tensor, far_lse: Tensor, p: int, r: int) -> tuple[Tensor, Tensor]:
+    """Two parts of attention as one, where responses stand."""
+    mine, mine_lse = near[p : p + r], near_lse[:, p : p + r]
+    weight = torch.sigmoid(far_lse - mine_lse).t().unsqueeze(-1)
+    out = torch.cat((near[:p], (mine * (1 - weight) + far * weight).to(near.dtype), near[p + r :]))
+    return out, torch.cat((near_lse[:, :p], torch.logaddexp(mine_lse, far_lse), near_lse[:, p + r :]), 1)
+
+
+def case(frame: Frame, prompts: list[int], replies: list[int], compiled: Any) -> dict[str, float]:
+    """Groups of eight; without prompts the replies are whole rows."""
+    from torchbandit.scoring import kernels
+
+    p, r = sum(prompts), sum(replies) if prompts else 0
+    starts = cumulative([*prompts, *replies])
+    longest, N = max(prompts + replies), int(starts[-1])
+    query, key, value = (torch.randn(N, heads, 64, device=frame.device, dtype=frame.dtype) for heads in (32, 8, 8))
+    groups = [sum(replies[i : i + 8]) for i in range(0, len(replies), 8)] if prompts else [0]
+    starts_q, starts_k = cumulative(groups), cumulative(prompts or [0])
+
+    def torchs() -> tuple[Tensor, Tensor]:
+        size = size_carrier(longest)
+        near, near_lse = varlen_forward(query, key, value, starts, starts, size, size, True, SCALE, 0)
+        if not prompts:
+            return near, near_lse
+        far, far_lse = varlen_forward(
+            query[p : p + r], key[:p], value[:p], starts_q, starts_k, size_carrier(max(groups)),
+            size_carrier(max(prompts)), False, SCALE, 0,
+        )  # fmt: skip
+        made: tuple[Tensor, Tensor] = compiled(near, near_lse, far, far_lse, p, r)
+        return made
+
+    want, want_lse = torchs()
+    found = {"torch": 1e6 * alone(frame, torchs)}
+    for how in SETTINGS:
+        call = functools.partial(
+            kernels.shared_attention, query, key, value, starts, longest, p, r, starts_q, starts_k, SCALE, **how
+        )
+        name = " ".join(str(x) for x in how.values())
+        try:
+            out, lse = call()
+        except Exception as error:  # more than the card's shared memory
+            print(f"{name}: {type(error).__name__}", flush=True)
+            continue
+        torch.testing.assert_close(out.float(), want.float(), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse, want_lse, rtol=2e-2, atol=2e-2)
+        found[name] = 1e6 * alone(frame, call)
+    return found
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small shapes: does it run")
+    frame, found = Frame(parser.parse_args().tiny), dict[str, dict[str, float]]()
+    if frame.cuda:
+        gen = torch.Generator().manual_seed(0)
+        mixed = sum(
+            (torch.randn(512, generator=gen) * spread + mean).exp().clamp(low, high).int()
+            for mean, spread, low, high in ((4.8, 0.6, 16, 512), (5.3, 0.8, 8, 1024))
+        )
+        assert isinstance(mixed, Tensor)
+        rows, few = sorted(mixed.tolist()), 8 if frame.tiny else 1
+        compiled = torch.compile(merged, dynamic=True)
+        for P, C, groups in ((512, 256, 16), (150, 1000, 4), (2000, 256, 8)):
+            found[f"P={P}, C={C}"] = case(frame, [P // few] * groups, [C // few] * 8 * groups, compiled)
+        for name, some in (("short rows", rows[:120]), ("middling rows", rows[240:320]), ("long rows", rows[-32:])):
+            found[name] = case(frame, [], some[: len(some) // few], compiled)
+        for name, row in found.items():
+            print(f"{name}: {short(row)}", flush=True)
+    else:
+        frame.leave_out("kernels", "Triton needs CUDA")
+    told = {"environment": environment() | {"tiny": frame.tiny}, "limits": frame.limits(), "left_out": frame.left_out}
+    print(json.dumps(told | {"microseconds": found}))
+
+
+if __name__ == "__main__":
+    main()
