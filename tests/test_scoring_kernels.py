@@ -32,7 +32,7 @@ CASES = {
     "one group": ([1], [100], 1),
     "prompts and responses of no tokens": ([17, 0, 33], [0, 0, 5, 6, 9, 40], 2),
     "a group of no tokens": ([7, 30, 12], [9, 3, 0, 0, 20, 70], 2),
-    "more groups than a vector of 16": ([5] * 20, [3, 8] * 20, 2),
+    "more groups than a vector of 64": ([5] * 70, [3, 1] * 70, 2),
     "responses alone": ([0, 0], [130, 5, 64, 65], 2),
 }
 

@@ -17,7 +17,7 @@ LOG2_E = 1.4426950408889634
 def shared_attention(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, prompts: int, responses: int,
     starts_q: Tensor, starts_k: Tensor, scale: float,
-    *, block_q: int = 64, block_k: int = 64, warps: int = 4, stages: int = 3,
+    *, block_q: int = 64, block_k: int = 64, warps: int = 4, stages: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Each token sees its own segment up to itself, and a response's token its group's whole prompt before that.
 
@@ -25,7 +25,8 @@ def shared_attention(
         query: [N, H, D]; key, value: [N, K, D]; starts: [n + 1] int32, over the whole line.
         longest: at least the longest segment; prompts, responses: tokens of all prompts and of all responses.
         starts_q: [groups + 1] int32, over response tokens; starts_k: [groups + 1] int32, over prompt tokens.
-        block_q, block_k: queries of a program, and keys of a turn; warps, stages: of its launch.
+        block_q, block_k: queries of a program, and keys of a turn; warps, stages: of its launch. None: what fits the
+            shared memory of any card that has bfloat16.
     Returns:
         ([N, H, D], log-sum-exp [H, N] float32).
     Source: Dao et al. 2022 (FlashAttention), algorithm 1; Juravsky et al. 2024 (Hydragen) for the shared prefix.
@@ -34,14 +35,15 @@ def shared_attention(
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
     out = torch.empty(N, H, D, dtype=query.dtype, device=query.device)
     lse = torch.empty(H, N, dtype=torch.float32, device=query.device)
-    groups = len(starts_q) - 1
-    exact = query.dtype == torch.float32
-    _shared_kernel[(triton.cdiv(longest, block_q), len(starts) - 1, H)](
-        query, key, value, starts, starts_q, starts_k, out, lse, scale * LOG2_E, prompts, responses, groups, N,
+    groups, blocks = len(starts_q) - 1, triton.cdiv(longest, block_q)
+    size = max(16, triton.next_power_of_2(D))
+    if stages is None:
+        stages = 3 if size <= 64 else 2
+    _shared_kernel[((len(starts) - 1) * blocks, H)](
+        query, key, value, starts, starts_q, starts_k, out, lse, scale * LOG2_E, prompts, responses, groups, blocks, N,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        H=H, GROUPED=H // key.shape[1], D=D, SIZE=max(16, triton.next_power_of_2(D)),
-        GROUPS=max(16, triton.next_power_of_2(groups)), BLOCK_Q=block_q, BLOCK_K=block_k, EXACT=exact,
-        num_warps=warps, num_stages=stages,
+        H=H, GROUPED=H // key.shape[1], D=D, SIZE=size, GROUPS=max(64, triton.next_power_of_2(groups)),
+        BLOCK_Q=block_q, BLOCK_K=block_k, EXACT=query.dtype == torch.float32, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
 
@@ -74,16 +76,17 @@ def _add_keys(
     return peak, total, mean
 
 
-@triton.jit
+# What differs from pack to pack is no reason to compile anew, whatever it can be divided by.
+@triton.jit(do_not_specialize=["prompts", "responses", "groups", "blocks", "N"])
 def _shared_kernel(
-    query, key, value, starts, starts_q, starts_k, out, lse, scale, prompts, responses, groups, N,
+    query, key, value, starts, starts_q, starts_k, out, lse, scale, prompts, responses, groups, blocks, N,
     query_row, query_head, key_row, key_head, value_row, value_head,
     H: tl.constexpr, GROUPED: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    segment, head = tl.program_id(1), tl.program_id(2)
+    segment, head = tl.program_id(0) // blocks, tl.program_id(1)
     start, end = tl.load(starts + segment), tl.load(starts + segment + 1)
-    first = tl.program_id(0) * BLOCK_Q  # of this program's queries, within the segment
+    first = tl.program_id(0) % blocks * BLOCK_Q  # of this program's queries, within the segment
     length = end - start
     if first >= length:
         return
