@@ -293,6 +293,8 @@ def test_small_kernels_are_combined_where_the_compiler_can(monkeypatch: pytest.M
         for combos in (True, False):
             assert _compiled.__wrapped__(abs, combos)(-3) == 3
     assert [how.get("options") for how in asked] == [{"combo_kernels": True}, None, None, None]
+    assert _compiled.__wrapped__(abs, False, (("pattern_matcher", False),))(-3) == 3
+    assert asked[-1]["options"] == {"pattern_matcher": False}
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from test_scoring_compiled import counter  # noqa: F401 (a fixture)
 from torch._dynamo.utils import counters
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
+from torchbandit.generation.cache import Cache, layer_shapes
+from torchbandit.generation.step import compiled_body, decoder_layers
 from torchbandit.models import ModelSpec, load_causal_lm, load_reward_model, quantize
 from torchbandit.models.estimate import weight_bytes
 from torchbandit.scoring import log_probs, make_plan, sequence_scores
@@ -122,6 +124,14 @@ def test_compiled_int8_products_stay_products(kind: str, folders: dict[str, Path
     rm.torchbandit_compile = False
     with torch.no_grad():
         torch.testing.assert_close(compiled, sequence_scores(rm, *args), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("kind", [*ON_CPU, None])
+def test_the_decode_step_is_told_of_int8_too(kind: str | None, folders: dict[str, Path]) -> None:
+    model = load_causal_lm(ModelSpec(folders["lm"], quantization=kind), "cpu")  # type: ignore[arg-type]
+    told = (("pattern_matcher", False),) if kind == "int8" else ()
+    with compiled_body(model, Cache(layer_shapes(model, 8), 2, 8, torch.device("cpu"))):
+        assert {layer.forward.args[-1]["options"] for layer in decoder_layers(model)} == {told}
 
 
 @pytest.mark.parametrize("kind", ON_CPU)

@@ -25,6 +25,7 @@ from torchbandit.generation.attention import decode_mode
 from torchbandit.generation.cache import Cache, Unfit
 from torchbandit.generation.lanes import Lanes, advance
 from torchbandit.generation.sampling import Sampling, draw
+from torchbandit.models.quantize import compiler_options
 
 FAST: frozenset[str] = frozenset({"combos", "products", "writes"})
 """What a step adds to the compiled layer: small kernels that do not need each other, such as the rotations of query and
@@ -210,6 +211,7 @@ def compiled_body(model: PreTrainedModel, cache: Cache, **how: Any) -> Iterator[
     All layers share one compilation, so it lasts seconds for any depth: each is handed its own part of the cache, and
     nothing that is traced tells one layer from another. `how`: see `_compiled`.
     """
+    how |= {"options": tuple(compiler_options(model).items())} if "backend" not in how else {}
     layers = decoder_layers(model)
     body = next(parent for parent in model.modules() if any(child is layers for child in parent.children()))
     around = [
@@ -254,9 +256,14 @@ def _forward_of(kind: Any) -> Callable[..., Any]:
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any], combos: bool = False, **how: Any) -> Callable[..., Any]:
+def _compiled(
+    function: Callable[..., Any], combos: bool = False, options: tuple[tuple[str, Any], ...] = (), **how: Any
+) -> Callable[..., Any]:
+    told = dict(options)
     if combos and "combo_kernels" in torch._inductor.list_options():  # young in Inductor: another torch may lack it
-        how["options"] = {"combo_kernels": True}
+        told["combo_kernels"] = True
+    if told:
+        how["options"] = told
     compiled = torch.compile(function, dynamic=True, fullgraph=True, **how)
 
     def call(*args: Any, **kwargs: Any) -> Any:

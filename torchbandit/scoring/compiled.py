@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchbandit.models import wants_compile
-from torchbandit.models.offload import plain_tensors
+from torchbandit.models.quantize import compiler_options
 from torchbandit.scoring.attention import blocks, checkpointed
 
 backend = "inductor"
@@ -43,11 +43,9 @@ def layers(model: PreTrainedModel, *, trimmed: bool = False) -> Iterator[None]:
         return
     calls = _calls.get(model)
     if calls is None:
-        # Products with int8 weights stay what they are: Inductor would give them to a kernel made for single tokens, on
-        # CUDA some hundred times slower for a pack than a product in bfloat16.
         how: dict[str, Any] = {}
-        if backend == "inductor" and any(tensor.dtype == torch.int8 for tensor in plain_tensors(model)):
-            how["options"] = {"pattern_matcher": False}
+        if backend == "inductor" and (options := compiler_options(model)):
+            how["options"] = options
         calls = _calls[model] = {kind: own(_call_layer, **how) for kind in ("layer", "last", "norm")}
     modules = [(block, "layer") for block in blocks(model)]
     if trimmed:
