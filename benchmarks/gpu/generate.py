@@ -52,6 +52,7 @@ PARTS = {  # by the names of kernels, or of a CPU's operators; the first that ma
 }  # fmt: skip
 WAYS: dict[str, tuple[frozenset[str], dict[str, Any]]] = {  # what a step adds, and Inductor's options
     "usual": (step.FAST, {}), "plain": (frozenset(), {}), "no combos": (step.FAST - {"combos"}, {}),
+    "cublaslt": (step.FAST, {}),  # products by the other of the card's two libraries
     "two streams": (step.FAST, {}),  # halves of the batch, so that one's attention may run beside the other's products
     "early launches": (step.FAST, {"triton.enable_pdl": True}),
     "autotuned": (step.FAST, {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}),
@@ -234,7 +235,10 @@ def row_of(frame: Frame, work: Work, name: str, ways: Sequence[str]) -> dict[str
         torch._dynamo.reset()  # what was compiled otherwise
         step.FAST, options = WAYS[way]
         step.Stepper._logits = halves if way == "two streams" else LOGITS  # type: ignore[method-assign]
+        library = torch.backends.cuda.preferred_blas_library()
         try:
+            if way == "cublaslt":
+                torch.backends.cuda.preferred_blas_library(way)
             with torch._inductor.config.patch(options):
                 engine = engine_at(frame, model, rows, P, C)
                 logits = logits_of(engine, model, rows, length)
@@ -254,6 +258,7 @@ def row_of(frame: Frame, work: Work, name: str, ways: Sequence[str]) -> dict[str
             found["ways_ms"][way] = f"{type(error).__name__}: {str(error)[:200]}"
         finally:
             step.FAST, step.Stepper._logits = WAYS["usual"][0], LOGITS  # type: ignore[method-assign]
+            torch.backends.cuda.preferred_blas_library(library)
             engine = None  # type: ignore[assignment]
     release(model)
     torch._dynamo.reset()
@@ -297,7 +302,7 @@ def main() -> None:
     asked = parser.parse_args()
     frame, found = Frame(asked.tiny), dict[str, Any]()
     work = Work(frame)
-    hopes = {"b256": ["no combos", "early launches"], "b1024": ["no combos", "early launches", "two streams"]}
+    hopes = {name: ["cublaslt", "early launches"] for name in ("b256", "b1024")}
     for name in asked.rows:
         found[name] = row_of(frame, work, name, asked.ways or hopes.get(name, []))
     print(json.dumps({"environment": environment() | {"tiny": asked.tiny}, "limits": frame.limits(), "rows": found}))
