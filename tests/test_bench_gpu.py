@@ -96,6 +96,33 @@ print('it is there')
     assert (tmp_path / "log.txt").read_text().count("\nit is there\n") == 2
 
 
+def test_each_card_takes_the_next_stage_and_what_needs_two_comes_last_and_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two wait for each other; a third takes the place of whichever ends."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    see = "import json, os; print(json.dumps({'sees': os.environ['CUDA_VISIBLE_DEVICES']}))"
+    wait = """
+import pathlib, time
+here, there = (pathlib.Path({folder!r}) / name for name in {names})
+here.touch()
+while not there.exists():
+    time.sleep(0.05)
+"""
+    codes = {name: wait.format(folder=str(tmp_path), names=(name, other)) + see
+             for name, other in (("one", "two"), ("two", "one"))}  # fmt: skip
+    stages = [
+        stage("wide", see, needs=("two GPUs",)),
+        *(stage(name, code) for name, code in codes.items()),
+        stage("three", see),
+    ]
+    told = gpu.run(stages, tmp_path, tiny=False, budget=1e9)["stages"]
+    sees = {name: found["result"]["sees"] for name, found in told.items()}
+    assert {sees["one"], sees["two"]} == {"5", "7"} and sees["three"] in ("5", "7") and sees["wide"] == "5,7"
+    assert list(told)[-1] == "wide"
+
+
 @pytest.mark.parametrize("names", [("first", "second"), ("first", "test-second")])
 def test_an_ended_run_keeps_what_it_has_and_leaves_nothing_running(names: tuple[str, str], tmp_path: Path) -> None:
     """Its second stage ends the run itself, and would sleep on."""

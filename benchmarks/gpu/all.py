@@ -6,10 +6,11 @@
     python benchmarks/gpu/all.py --list
 
 A stage is a process with a time limit. Tests, which measure nothing, run side by side first; the others one by one, as
-asked. One that fails, or is ended at its limit, is told, and the next one goes on; one
-that cannot run here is left out with the reason. What a stage prints goes to DIR/log.txt as it is printed, and
-DIR/results.json, with the JSON of every stage, is written anew when one ends, so that an ended run loses nothing. The
-last lines are a table and JSON; the exit status is 1 if any stage failed.
+asked. Where several cards are, each takes the next stage that is not begun, and those that need two cards come last,
+alone. One that fails, or is ended at its limit, is told, and the next one goes on; one that cannot run here is left out
+with the reason. What a stage has printed is added to DIR/log.txt when it ends, and DIR/results.json, with the JSON of
+every stage, is written anew, so that an ended run loses nothing. The last lines are a table and JSON; the exit status
+is 1 if any stage failed.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import argparse
 import importlib.util
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,60 +104,88 @@ def lacking(stage: Stage, tiny: bool) -> str | None:
 
 running: set[subprocess.Popen[bytes]] = set()
 writing = threading.Lock()
+over = threading.Event()  # the run is being ended: what stages tell from now on is of that
+
+
+def cards() -> list[str]:
+    """The cards that are here, as CUDA_VISIBLE_DEVICES names them; one nameless place where there is none."""
+    import torch
+
+    here = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(here)))).split(",")
+    return named[:here] or [""]
 
 
 def run(stages: Sequence[Stage], out: Path, *, tiny: bool, budget: float) -> dict[str, Any]:
-    """Run the stages one after the other; returns what results.json holds: seconds, rc, tail and JSON by stage."""
+    """Run the stages, one on a card at a time; returns what results.json holds: seconds, rc, tail and JSON by stage."""
     out.mkdir(parents=True, exist_ok=True)
     told: dict[str, Any] = {"tiny": tiny, "budget_s": budget, "stages": {}, "left_out": {}}
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as tmp:
-        tests = [stage for stage in stages if stage.name.startswith("test-")]
-        others = [stage for stage in stages if stage not in tests]
 
-        def go(stage: Stage) -> None:
+        def go(stage: Stage, card: str | None) -> None:
             left = budget - (time.monotonic() - begin)
             why = lacking(stage, tiny) or ("no time was left" if left < min(10, stage.limit) else None)
-            if why is None:
-                told["stages"][stage.name] = {"running": True}
-                write(out, told)
-                log = out / "log.txt" if stage in others else Path(tmp) / f"{stage.name}.txt"
-                found = one(stage, log, tmp, tiny, min(stage.limit, left))
-                told["stages"][stage.name] = found
-                print(f"{stage.name}: {verdict(found)} in {found['seconds']:.0f} s", flush=True)
-            else:
-                told["left_out"][stage.name] = why
+            if why is not None:
                 print(f"left out: {stage.name}: {why}", flush=True)
+                write(out, told, "left_out", stage, why)
+                return
+            write(out, told, "stages", stage, {"running": True})
+            found = one(stage, out / "log.txt", tmp, tiny, min(stage.limit, left), card)
+            if not over.is_set():
+                print(f"{stage.name}: {verdict(found)} in {found['seconds']:.0f} s", flush=True)
+                write(out, told, "stages", stage, found)
 
-        with ThreadPoolExecutor(max(len(tests), 1)) as pool:
-            try:
-                list(pool.map(go, tests))
-            except BaseException:  # the run is ended: so are they, and the pool need not wait
-                for process in list(running):
-                    end(process)
-                raise
-            finally:
-                with (out / "log.txt").open("ab") as whole:
-                    for log in Path(tmp).glob("test-*.txt"):
-                        whole.write(log.read_bytes())
-        write(out, told)
-        for stage in others:
-            go(stage)
-            write(out, told)
+        here = cards()
+        tests = [stage for stage in stages if stage.name.startswith("test-")]
+        wide = [stage for stage in stages if "two GPUs" in stage.needs]
+        side_by_side(go, tests, [here[i % len(here)] for i in range(len(tests))])
+        side_by_side(go, [stage for stage in stages if stage not in tests and stage not in wide], here)
+        for stage in wide:
+            go(stage, None)
     return told
 
 
-def one(stage: Stage, path: Path, tmp: str, tiny: bool, limit: float) -> dict[str, Any]:
-    """Run a stage, in a process group of its own so that all it started ends with it; `path` is its log."""
+def side_by_side(go: Callable[[Stage, str], None], stages: Sequence[Stage], places: Sequence[str]) -> None:
+    """Each place takes the next stage that is not begun. An end of the run ends those under way."""
+    free: queue.Queue[str] = queue.Queue()
+    for place in places:
+        free.put(place)
+
+    def take(stage: Stage) -> None:
+        place = free.get()
+        try:
+            go(stage, place)
+        finally:
+            free.put(place)
+
+    with ThreadPoolExecutor(max(len(places), 1)) as pool:
+        begun = [pool.submit(take, stage) for stage in stages]
+        try:
+            for stage in begun:
+                stage.result()
+        except BaseException:
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                end(process)
+            raise
+
+
+def one(stage: Stage, whole: Path, tmp: str, tiny: bool, limit: float, card: str | None) -> dict[str, Any]:
+    """Run a stage, in a process group of its own so that all it started ends with it, and add its log to `whole`.
+
+    Args:
+        card: the only one that it sees; None or "" hides none.
+    """
     argv = [x.replace("{tmp}", tmp) for x in (*stage.command, *(stage.tiny if tiny else ()))]
     modules = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    with path.open("ab") as log:
-        log.write(f"\n=== {stage.name}: {' '.join(argv)}\n".encode())
-        log.flush()
-        at, begin = log.tell(), time.monotonic()
+    more = {"PYTHONPATH": modules, "PYTHONUNBUFFERED": "1"} | ({"CUDA_VISIBLE_DEVICES": card} if card else {})
+    log, begin = Path(tmp) / f"{stage.name}.txt", time.monotonic()
+    with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, *argv], cwd=ROOT, env=os.environ | {"PYTHONPATH": modules, "PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
+            [sys.executable, *argv], cwd=ROOT, env=os.environ | more, stdin=subprocess.DEVNULL, stdout=file,
+            stderr=file, process_group=0,
         )  # fmt: skip
         running.add(process)
         try:
@@ -165,10 +195,11 @@ def one(stage: Stage, path: Path, tmp: str, tiny: bool, limit: float) -> dict[st
         finally:
             end(process)
             running.discard(process)
+            printed = log.read_bytes()
+            with writing, whole.open("ab") as file_of_all:
+                file_of_all.write(f"\n=== {stage.name}: {' '.join(argv)}\n".encode() + printed)
     seconds = time.monotonic() - begin
-    with path.open("rb") as file:
-        file.seek(at)
-        lines = file.read().decode(errors="replace").splitlines()
+    lines = printed.decode(errors="replace").splitlines()
     result = next((found for line in reversed(lines) if (found := parsed(line)) is not None), None)
     tail = [line[:300] for line in lines if parsed(line) is None][-TAIL:]
     return {"rc": rc, "seconds": seconds, "limit": limit, "command": argv, "result": result, "tail": tail}
@@ -224,9 +255,10 @@ def table(told: dict[str, Any]) -> str:
     return "\n".join(rows + [f"{name:24} left out: {why}" for name, why in told["left_out"].items()])
 
 
-def write(out: Path, told: dict[str, Any]) -> None:
-    """All at once: a reader, or an end at any moment, finds a whole file."""
+def write(out: Path, told: dict[str, Any], part: str, stage: Stage, what: object) -> None:
+    """Add to what is told. All at once: a reader, or an end at any moment, finds a whole file."""
     with writing:
+        told[part][stage.name] = what
         (out / "results.json.new").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         (out / "results.json.new").replace(out / "results.json")
 
