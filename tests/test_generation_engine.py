@@ -18,16 +18,25 @@ import torch
 from fakes import ARCHS, tiny_lm
 from test_generation import STOPS, hf_greedy, prompts, rescore, seeded
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, MambaConfig, OPTConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    MambaConfig,
+    OPTConfig,
+    PreTrainedModel,
+)
 
 import torchbandit.generation as generation
 from torchbandit.generation import Generated, Sampling, generate, release
 from torchbandit.generation.attention import decode_mode
+from torchbandit.generation.body import compiled, compiled_body, decoder_layers, is_chain, watched
 from torchbandit.generation.cache import Cache, LayerShape, layer_shapes
 from torchbandit.generation.engine import Engine, bucket
 from torchbandit.generation.lanes import Lanes, advance
 from torchbandit.generation.plain import generate_plain
-from torchbandit.generation.step import Stepper, _compiled, compiled_body
+from torchbandit.generation.step import Stepper
 
 MANY_STOPS = tuple(range(0, 259, 7))
 
@@ -103,29 +112,69 @@ def test_the_devices_own_path_equals_transformers(arch: str) -> None:
     assert torch.equal(out.tokens, hf_greedy(model, ids, mask, 24, STOPS))
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_layers_compile_once_for_any_depth_and_batch(arch: str) -> None:
-    depth: dict[str, Any] = {"n_layer": 5} if arch == "gpt2" else {"num_hidden_layers": 5}
+def test_layers_compile_once_for_any_depth_and_batch(arch: str, at_once: int) -> None:
+    depth: dict[str, Any] = {"n_layer": 6} if arch == "gpt2" else {"num_hidden_layers": 6}
     model, cpu = tiny_lm(arch, **depth), torch.device("cpu")
-    compiled: list[int] = []
+    sizes: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
-        compiled.append(len(graph.graph.nodes))
+        sizes.append(sum(node.op == "call_function" for node in graph.graph.nodes))
         return graph
 
     with torch.no_grad():
         cache, lanes = Cache(layer_shapes(model, 64), 20, 64, cpu), Lanes(20, 8, cpu)
         stepper = Stepper(cache, lanes, host_bound=False)
+        stepper.probe(model)
+        assert stepper.chained
+        for layer in cache.layers:  # each its own: one that reads another's part is found out
+            layer.keys.normal_()
+            layer.values.normal_()
         with decode_mode(model):
             for n in (8, 12, 6):  # 8 is also the head size, and must not be taken for it
                 lanes.length.copy_(torch.arange(20))
                 lanes.token.copy_(torch.arange(20))
-                with compiled_body(model, cache, backend=backend):
+                with compiled_body(model, cache, at_once, backend=backend):
                     mine = stepper._logits(model, n, None, False)
                 torch.testing.assert_close(mine, stepper._logits(model, n, None, False))
-    parts = {"gpt2": 2, "llama": 3, "qwen2": 3, "neox": 3}[arch]  # layer, last norm, rotary embedding
-    assert len(compiled) == parts, compiled
+    parts = {"gpt2": 2, "llama": 3, "qwen2": 3, "neox": 3}[arch]  # layers, last norm, rotary embedding
+    assert len(sizes) == parts, sizes
     assert not any("forward" in module.__dict__ for module in model.modules())
+    assert max(sizes) > 25 * at_once, "the layers are in it"
+
+
+def test_layers_are_a_chain_where_each_reads_the_last_ones_output_and_what_all_read() -> None:
+    x, y, mask, places = (torch.zeros(2) for _ in range(4))
+    for calls, chain in (
+        ([((x, 1), {"mask": mask}, y), ((y, 1), {"mask": mask}, x)], True),
+        ([((x,), {}, y)], True),
+        ([], False),
+        ([((x, 1), {"mask": mask}, y), ((y.clone(), 1), {"mask": mask}, x)], False),  # something stands between them
+        ([((x, 1), {"mask": mask}, y), ((y, 1), {"mask": mask.clone()}, x)], False),
+        ([((x, places), {}, y), ((y, mask), {}, x)], False),
+        ([((x,), {"mask": mask}, y), ((y,), {"places": mask}, x)], False),
+        ([((x,), {}, (y,)), ((y,), {}, (x,))], False),  # what passes it on would have to be a tuple too
+        ([((x,), {}, y), ((y,), {}, (x,))], False),
+        ([((), {"hidden": x}, y), ((), {"hidden": y}, x)], False),
+    ):
+        assert is_chain(calls) == chain
+
+
+def test_layers_of_two_kinds_are_compiled_one_by_one() -> None:
+    """Gemma 3's local layers are handed other rotations than its global ones."""
+    config = Gemma3TextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=64, sliding_window_pattern=2,
+    )  # fmt: skip
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_config(config).eval()
+        stepper = Stepper(Cache(layer_shapes(model, 64), 4, 64, model.device), Lanes(4, 8, model.device))
+        stepper.probe(model)
+        assert not stepper.chained
+        with watched(decoder_layers(model)) as calls:
+            model(torch.zeros(1, 3, dtype=torch.int64))
+        assert len(calls) == 4 and not any(layer._forward_hooks for layer in decoder_layers(model))
 
 
 def test_weights_updated_in_place_or_replaced_are_the_ones_that_run() -> None:
@@ -291,16 +340,16 @@ def test_small_kernels_are_combined_where_the_compiler_can(monkeypatch: pytest.M
     for options in (known, [x for x in known if x != "combo_kernels"]):
         monkeypatch.setattr(torch._inductor, "list_options", lambda options=options: options)
         for combos in (True, False):
-            assert _compiled.__wrapped__(abs, combos)(-3) == 3
+            assert compiled.__wrapped__(abs, combos)(-3) == 3
     assert [how.get("options") for how in asked] == [{"combo_kernels": True}, None, None, None]
-    assert _compiled.__wrapped__(abs, False, (("pattern_matcher", False),))(-3) == 3
+    assert compiled.__wrapped__(abs, False, (("pattern_matcher", False),))(-3) == 3
     assert asked[-1]["options"] == {"pattern_matcher": False}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
-def test_a_second_process_finds_the_step_compiled(tmp_path: Path) -> None:
+def test_a_second_process_finds_the_stepcompiled(tmp_path: Path) -> None:
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
     found = []
     for _ in range(2):

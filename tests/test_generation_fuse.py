@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from torchbandit.generation import Sampling, fuse
 from torchbandit.generation.attention import decode_mode
+from torchbandit.generation.body import compiled_body, decoder_layers
 from torchbandit.generation.cache import Cache, Unfit, layer_shapes
 from torchbandit.generation.engine import Engine
 from torchbandit.generation.lanes import Lanes
-from torchbandit.generation.step import Stepper, compiled_body, decoder_layers
+from torchbandit.generation.step import Stepper
 from torchbandit.masters import MasterOptimizer
 from torchbandit.train import checkpoint
 
@@ -63,9 +64,9 @@ def test_fused_generation_equals_transformers(arch: str) -> None:
     assert torch.equal(out.tokens, hf_greedy(model, ids, mask, 24, STOPS))
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])
-def test_layers_compile_once_into_four_products(arch: str) -> None:
-    model, cpu, products = rehomed(arch, num_hidden_layers=5), torch.device("cpu"), []
+@pytest.mark.parametrize(("arch", "at_once"), [("llama", 1), ("qwen2", 1), ("llama", 2)])
+def test_layers_compile_once_into_four_products(arch: str, at_once: int) -> None:
+    model, cpu, products = rehomed(arch, num_hidden_layers=6), torch.device("cpu"), []
 
     def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., Any]:
         products.append(sum("linear" in str(node.target) for node in graph.graph.nodes))
@@ -78,10 +79,10 @@ def test_layers_compile_once_into_four_products(arch: str) -> None:
             for n in (8, 12):
                 lanes.length.copy_(torch.arange(20))
                 lanes.token.copy_(torch.arange(20))
-                with compiled_body(model, cache, backend=backend), fuse.fused(decoder_layers(model)):
+                with compiled_body(model, cache, at_once, backend=backend), fuse.fused(decoder_layers(model)):
                     mine = stepper._logits(model, n, None, False)
                 torch.testing.assert_close(mine, stepper._logits(model, n, None, False))
-    assert sorted(products) == [0, 0, 4], products  # once: qkv, o, gate and up, down
+    assert sorted(products) == [0, 0, 4 * at_once], products  # once: qkv, o, gate and up, down
 
 
 def test_training_reaches_the_product_and_is_what_it_was_without() -> None:
@@ -202,9 +203,9 @@ def test_a_step_that_cannot_be_recorded_fused_is_recorded_plain(monkeypatch: pyt
     monkeypatch.setattr(Stepper, "_rehearse_and_record", record)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     lanes.active.fill_(True)
-    with pytest.warns(UserWarning, match="without combos, products, writes: the compiler would not"):
+    with pytest.warns(UserWarning, match="without combos, layers, products, writes: the compiler would not"):
         made: Any = stepper._record(model, 2)
-    assert made == "recorded" and [len(fast) for fast in tried] == [3, 0]
+    assert made == "recorded" and [len(fast) for fast in tried] == [4, 0]
     assert lanes.place.tolist() == [0, 1, 2, 3] and lanes.active.all()
 
 

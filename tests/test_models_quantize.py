@@ -14,8 +14,8 @@ from test_scoring_compiled import counter  # noqa: F401 (a fixture)
 from torch._dynamo.utils import counters
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
+from torchbandit.generation.body import compiled_body, decoder_layers
 from torchbandit.generation.cache import Cache, layer_shapes
-from torchbandit.generation.step import compiled_body, decoder_layers
 from torchbandit.models import ModelSpec, load_causal_lm, load_reward_model, quantize
 from torchbandit.models.estimate import weight_bytes
 from torchbandit.scoring import log_probs, make_plan, sequence_scores

@@ -36,7 +36,7 @@ from torchbandit import generation
 from torchbandit.bench.environment import environment
 from torchbandit.bench.frame import Frame, short
 from torchbandit.bench.generate import Work, step_bytes
-from torchbandit.generation import Sampling, fuse, release, step
+from torchbandit.generation import Sampling, body, fuse, release, step
 from torchbandit.generation.attention import decode_mode
 from torchbandit.generation.engine import Engine
 from torchbandit.generation.sampling import draw, uniforms
@@ -52,6 +52,7 @@ PARTS = {  # by the names of kernels, or of a CPU's operators; the first that ma
 }  # fmt: skip
 WAYS: dict[str, tuple[frozenset[str], dict[str, Any]]] = {  # what a step adds, and Inductor's options
     "usual": (step.FAST, {}), "plain": (frozenset(), {}), "no combos": (step.FAST - {"combos"}, {}),
+    "layer by layer": (step.FAST - {"layers"}, {}),
     "cublaslt": (step.FAST, {}),  # products by the other of the card's two libraries
     "two streams": (step.FAST, {}),  # halves of the batch, so that one's attention may run beside the other's products
     "early launches": (step.FAST, {"triton.enable_pdl": True}),
@@ -130,7 +131,7 @@ def products(model: Any) -> dict[str, list[Tensor]]:
     """The matrices that a step multiplies by, all layers' under one name; siblings that lie end to end are one."""
     found: dict[str, list[Tensor]] = {}
     joint: dict[int, Tensor | None] = {}
-    for family in fuse.families(step.decoder_layers(model)):
+    for family in fuse.families(body.decoder_layers(model)):
         whole = fuse.joined([x.weight for x in family.linears])
         if whole is not None:
             joint |= {id(x): None for x in family.linears} | {id(family.linears[0]): whole}

@@ -3,6 +3,7 @@
     sampling.py    what a user asks for, and how one token is drawn
     engine.py      who runs where and when: rows take turns in places, the batch shrinks as they stop
     step.py        one token for every lane: compiled, recorded and replayed on CUDA
+    body.py        the model's layers compiled once for all of them, several at a time
     lanes.py       the running batch as tensors that move on by themselves
     attention.py   one new token over the cache, no key repeated, no mask paid for; kernels.py: its Triton kernel,
                    and that of the draw

@@ -10,27 +10,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-import types
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as shape_config
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from torchbandit.generation import fuse
 from torchbandit.generation.attention import decode_mode
+from torchbandit.generation.body import compiled, compiled_body, decoder_layers, is_chain, watched
 from torchbandit.generation.cache import Cache, Unfit
 from torchbandit.generation.lanes import Lanes, advance
 from torchbandit.generation.sampling import Sampling, draw
-from torchbandit.models.quantize import compiler_options
 
-FAST: frozenset[str] = frozenset({"combos", "products", "writes"})
+FAST: frozenset[str] = frozenset({"combos", "layers", "products", "writes"})
 """What a step adds to the compiled layer: small kernels that do not need each other, such as the rotations of query and
-key, as one; sibling projections as one product (fuse.py); keys and values written by the attention itself. The
-benchmark times steps with less."""
+key, as one; several layers compiled together, so that one's last sum and the next one's norm are a kernel; sibling
+projections as one product (fuse.py); keys and values written by the attention itself. The benchmark times steps with
+less."""
 
 
 class Stepper:
@@ -46,6 +44,7 @@ class Stepper:
         self.cuda = lanes.device.type == "cuda"
         self.host_bound = not self.cuda if host_bound is None else host_bound
         self.fast = FAST
+        self.chained = False  # whether layers may be compiled several at a time, as `probe` finds
         self.seed = torch.zeros(1, dtype=torch.int64, device=lanes.device)
         self.inverse_temperature = torch.ones(1, dtype=torch.float32, device=lanes.device)
         self.uniform: Tensor | None = None
@@ -76,8 +75,9 @@ class Stepper:
             Unfit: it does not run; within a compiled step the reason would be harder to tell.
         """
         try:
-            with decode_mode(model):
+            with decode_mode(model), watched(decoder_layers(model)) as calls:
                 self._logits(model, 1, 1 if self.host_bound else None, True)
+            self.chained = is_chain(calls)
         except (Unfit, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -135,7 +135,7 @@ class Stepper:
                 rows, columns = self.uniform.shape
                 uniform = self.uniform[lanes.row[:n].clamp_max(rows - 1), lanes.count[:n].clamp_max(columns - 1)]
             token, log_prob = draw(logits, self.sampling, uniform)
-        move = _compiled(advance) if self.cuda else advance
+        move = compiled(advance) if self.cuda else advance
         move(
             token, log_prob, lanes.place[:n], lanes.token[:n], lanes.length[:n], lanes.count[:n], lanes.active[:n],
             lanes.tokens, lanes.log_probs, lanes.limit, lanes.stops,
@@ -175,8 +175,10 @@ class Stepper:
             return logits
 
         graph = torch.cuda.CUDAGraph()
-        joint = fuse.fused(decoder_layers(model)) if "products" in self.fast else contextlib.nullcontext()
-        with decode_mode(model), compiled_body(model, self.cache, combos="combos" in self.fast), joint:
+        layers = decoder_layers(model)
+        joint = fuse.fused(layers) if "products" in self.fast else contextlib.nullcontext()
+        at_once = max(k for k in (1, 2, 3, 4) if len(layers) % k == 0) if self.chained and "layers" in self.fast else 1
+        with decode_mode(model), compiled_body(model, self.cache, at_once, combos="combos" in self.fast), joint:
             side = _side_stream(self.lanes.device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -194,81 +196,3 @@ class Stepper:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all rehearsals: the product library keeps a workspace for every stream that it ever ran on."""
     return torch.cuda.Stream(device)
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's list of decoder layers."""
-    return next(
-        child for child in model.modules()
-        if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers
-    )  # fmt: skip
-
-
-@contextlib.contextmanager
-def compiled_body(model: PreTrainedModel, cache: Cache, **how: Any) -> Iterator[None]:
-    """Inside the block the decoder layers of `model`, and what stands around them, run compiled.
-
-    All layers share one compilation, so it lasts seconds for any depth: each is handed its own part of the cache, and
-    nothing that is traced tells one layer from another. `how`: see `_compiled`.
-    """
-    how |= {"options": tuple(compiler_options(model).items())} if "backend" not in how else {}
-    layers = decoder_layers(model)
-    body = next(parent for parent in model.modules() if any(child is layers for child in parent.children()))
-    around = [
-        child for child in body.children() if child is not layers and not isinstance(child, nn.Embedding | nn.Dropout)
-    ]
-    patched: list[nn.Module] = []
-    try:
-        for index, layer in enumerate(layers):
-            layer.forward = functools.partial(_run_layer, layer, cache, cache.layers[index], how)
-            patched.append(layer)
-        for module in around:
-            module.forward = functools.partial(_run, module, how)
-            patched.append(module)
-        yield
-    finally:
-        for module in patched:
-            del module.forward  # the class's own again
-
-
-def _run_layer(layer: nn.Module, whole: Cache, part: object, how: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    args = tuple(part if x is whole else x for x in args)
-    kwargs = {name: part if x is whole else x for name, x in kwargs.items()}
-    return _run(layer, how, *args, **kwargs)
-
-
-def _run(module: nn.Module, how: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    kind: Any = type(module)
-    return _compiled(_forward_of(kind), **how)(module, *args, **kwargs)
-
-
-@functools.cache
-def _forward_of(kind: Any) -> Callable[..., Any]:
-    """The forward of a class, with a code object of its own: that is what the compiler keeps its versions on, a few
-    for each, and training or scoring may have filled those of the original."""
-    forward = kind.forward
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(module, *args, **kwargs)
-
-    code = call.__code__.replace(co_name=f"decode_{kind.__name__}")
-    return types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
-
-
-@functools.cache
-def _compiled(
-    function: Callable[..., Any], combos: bool = False, options: tuple[tuple[str, Any], ...] = (), **how: Any
-) -> Callable[..., Any]:
-    told = dict(options)
-    if combos and "combo_kernels" in torch._inductor.list_options():  # young in Inductor: another torch may lack it
-        told["combo_kernels"] = True
-    if told:
-        how["options"] = told
-    compiled = torch.compile(function, dynamic=True, fullgraph=True, **how)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # A batch of 64 is no head size of 64, though the numbers are equal.
-        with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return compiled(*args, **kwargs)
-
-    return call
