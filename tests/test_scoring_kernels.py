@@ -9,7 +9,7 @@ from triton_here import DEVICE
 
 from torchbandit.scoring import kernels
 from torchbandit.scoring.packs import size_carrier
-from torchbandit.scoring.varlen import shared_forward
+from torchbandit.scoring.varlen import shared_forward, varlen_forward
 
 DTYPES = [torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float32]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -60,10 +60,25 @@ def test_one_pass_equals_two_merged(case: str, H: int, K: int, D: int, dtype: to
     near = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     others = ({"block_q": 32, "block_k": 64}, {"block_q": 64, "block_k": 32}) if D == 16 else ()
     for blocks in ({}, *others):
-        out, lse = kernels.shared_attention(*on_device, starts.to(DEVICE), longest, p, r, *bounds, 0.21, **blocks)
+        out, lse = kernels.packed_attention(*on_device, starts.to(DEVICE), longest, p, r, *bounds, 0.21, **blocks)
         torch.testing.assert_close(out.cpu().float(), whole, **near)
         torch.testing.assert_close(lse.cpu(), log_sum, **near)
         assert out.dtype == dtype and out.is_contiguous() and lse.is_contiguous()
+
+
+def test_rows_that_share_nothing_see_themselves() -> None:
+    """Also where what says who shares is a single 0."""
+    starts = cumulative([40, 1, 0, 70, 17])
+    gen = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(128, heads, 20, generator=gen) for heads in (4, 2, 2))
+    longest = size_carrier(70)
+    want, want_lse = varlen_forward(query, key, value, starts, starts, longest, longest, True, 0.3, 0)
+    none = starts[:1].to(DEVICE)
+    on_device = [x.to(DEVICE, DTYPES[0]) for x in (query, key, value)]
+    out, lse = kernels.packed_attention(*on_device, starts.to(DEVICE), 70, 0, 0, none, none, 0.3)
+    near = {"rtol": TOLERANCE[DTYPES[0]], "atol": TOLERANCE[DTYPES[0]]}
+    torch.testing.assert_close(out.cpu().float(), want, **near)
+    torch.testing.assert_close(lse.cpu(), want_lse, **near)
 
 
 def test_nothing_is_seen_of_other_groups() -> None:
@@ -73,7 +88,7 @@ def test_nothing_is_seen_of_other_groups() -> None:
     bounds = [x.to(DEVICE) for x in (starts, starts_q, starts_k)]
 
     def run() -> Tensor:
-        return kernels.shared_attention(query, key, value, bounds[0], longest, p, r, *bounds[1:], 0.3)[0]
+        return kernels.packed_attention(query, key, value, bounds[0], longest, p, r, *bounds[1:], 0.3)[0]
 
     before = run()
     second = [*range(20, 50), *range(50 + 22, 50 + 52)]  # its prompt and its responses

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found,no-untyped-def,untyped-decorator,no-untyped-call,unused-ignore"
-"""Triton kernel of attention over a packed line whose responses share prompts: one pass, one softmax.
+"""Triton kernel of attention over a packed line, whose responses may share prompts: one pass, one softmax.
 
 Axis letters: see varlen.py.
 """
@@ -14,19 +14,19 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 
 
-def shared_attention(
+def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, prompts: int, responses: int,
     starts_q: Tensor, starts_k: Tensor, scale: float,
-    *, block_q: int = 64, block_k: int = 64, warps: int = 4, stages: int | None = None,
+    *, block_q: int = 64, block_k: int = 64, warps: int = 4, stages: int = 2,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Each token sees its own segment up to itself, and a response's token its group's whole prompt before that.
 
     Args:
         query: [N, H, D]; key, value: [N, K, D]; starts: [n + 1] int32, over the whole line.
-        longest: at least the longest segment; prompts, responses: tokens of all prompts and of all responses.
+        longest: at least the longest segment; prompts, responses: tokens of all prompts and of all responses that share
+            them. 0 and 0: nothing is shared, and starts_q and starts_k are not read.
         starts_q: [groups + 1] int32, over response tokens; starts_k: [groups + 1] int32, over prompt tokens.
-        block_q, block_k: queries of a program, and keys of a turn; warps, stages: of its launch. None: what fits the
-            shared memory of any card that has bfloat16.
+        block_q, block_k: queries of a program, and keys of a turn; warps, stages: of its launch.
     Returns:
         ([N, H, D], log-sum-exp [H, N] float32).
     Source: Dao et al. 2022 (FlashAttention), algorithm 1; Juravsky et al. 2024 (Hydragen) for the shared prefix.
@@ -37,9 +37,7 @@ def shared_attention(
     lse = torch.empty(H, N, dtype=torch.float32, device=query.device)
     groups, blocks = len(starts_q) - 1, triton.cdiv(longest, block_q)
     size = max(16, triton.next_power_of_2(D))
-    if stages is None:
-        stages = 3 if size <= 64 else 2
-    _shared_kernel[((len(starts) - 1) * blocks, H)](
+    _packed_kernel[((len(starts) - 1) * blocks, H)](
         query, key, value, starts, starts_q, starts_k, out, lse, scale * LOG2_E, prompts, responses, groups, blocks, N,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         H=H, GROUPED=H // key.shape[1], D=D, SIZE=size, GROUPS=max(64, triton.next_power_of_2(groups)),
@@ -78,7 +76,7 @@ def _add_keys(
 
 # What differs from pack to pack is no reason to compile anew, whatever it can be divided by.
 @triton.jit(do_not_specialize=["prompts", "responses", "groups", "blocks", "N"])
-def _shared_kernel(
+def _packed_kernel(
     query, key, value, starts, starts_q, starts_k, out, lse, scale, prompts, responses, groups, blocks, N,
     query_row, query_head, key_row, key_head, value_row, value_head,
     H: tl.constexpr, GROUPED: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
