@@ -31,6 +31,7 @@ def decode_attention(
     block: int = BLOCK_KEYS,
     warps: int | None = None,
     stages: int = KEYS_STAGES,
+    evict: str = "",
 ) -> Tensor:
     """One new token a lane over its part of the cache.
 
@@ -69,7 +70,7 @@ def decode_attention(
         query.stride(0), query.stride(1), query.stride(2), keys.stride(0), keys.stride(1), keys.stride(2),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         K=K, H=H, HEADS=heads, D=D, SIZE=size, BLOCK=block, SPLITS=splits, EXACT=query.dtype == torch.float32,
-        APPEND=new is not None, num_warps=warps, num_stages=stages,
+        APPEND=new is not None, EVICT=evict, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _join_kernel[(n * K,)](
@@ -91,7 +92,7 @@ def _attention_kernel(
     query, keys, values, new_keys, new_values, lanes, out, part, log_sum, scale,
     query_lane, query_head, query_row, cache_place, cache_head, cache_row, key_lane, key_head, value_lane, value_head,
     K: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, EXACT: tl.constexpr, APPEND: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, EXACT: tl.constexpr, APPEND: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0) // K
     head = tl.program_id(0) % K
@@ -115,31 +116,35 @@ def _attention_kernel(
     peak = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     mean = tl.zeros([HEADS, SIZE], tl.float32)
-    if APPEND:  # noqa: SIM102 - decided when it is compiled; the other when it runs
-        if split == 0:  # the new token is what the sums begin with
-            own_key = tl.load(new_keys + lane * key_lane + head * key_head + d, mask=d < D, other=0.0)
-            own_value = tl.load(new_values + lane * value_lane + head * value_head + d, mask=d < D, other=0.0)
-            own = base + last * cache_row + d
-            tl.store(keys + own, own_key, mask=d < D)
-            tl.store(values + own, own_value, mask=d < D)
-            peak = tl.sum(q.to(tl.float32) * own_key.to(tl.float32)[None, :], 1) * scale
-            total += 1.0
-            mean += own_value.to(tl.float32)[None, :]
     for at in range(start, end, BLOCK):
         row = at + k
         inside = row < end
         spot = base + row[:, None] * cache_row + d[None, :]
         real = inside[:, None] & (d[None, :] < D)
-        key = tl.load(keys + spot, mask=real, other=0.0)
+        key = tl.load(keys + spot, mask=real, other=0.0, eviction_policy=EVICT)
         score = tl.dot(q, tl.trans(key), input_precision=precision) * scale
         score = tl.where(inside[None, :], score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
         weight = tl.exp2(score - higher[:, None])
         fade = tl.exp2(peak - higher)
         total = total * fade + tl.sum(weight, 1)
-        value = tl.load(values + spot, mask=real, other=0.0)
+        value = tl.load(values + spot, mask=real, other=0.0, eviction_policy=EVICT)
         mean = mean * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=precision)
         peak = higher
+    if APPEND:  # noqa: SIM102 - decided when it is compiled; the other when it runs
+        if split == 0:  # the new token, last: the cache is being read by then, and need not wait for it
+            own_key = tl.load(new_keys + lane * key_lane + head * key_head + d, mask=d < D, other=0.0)
+            own_value = tl.load(new_values + lane * value_lane + head * value_head + d, mask=d < D, other=0.0)
+            own = base + last * cache_row + d
+            tl.store(keys + own, own_key, mask=d < D)
+            tl.store(values + own, own_value, mask=d < D)
+            score = tl.sum(q.to(tl.float32) * own_key.to(tl.float32)[None, :], 1) * scale
+            higher = tl.maximum(peak, score)
+            fade = tl.exp2(peak - higher)
+            weight = tl.exp2(score - higher)
+            total = total * fade + weight
+            mean = mean * fade[:, None] + weight[:, None] * own_value.to(tl.float32)[None, :]
+            peak = higher
 
     wanted = (h[:, None] < H) & (d[None, :] < D)
     pair = lane.to(tl.int64) * K + head
