@@ -168,7 +168,8 @@ def fixed(work: Work, shape: str, rows: int, P: int, C: int, *, peers: bool = Fa
     one = frame.time(lambda: ours(model, ids, mask, 1), repeats=3).median
     assert bool(ours(model, ids, mask, min(C, 64)).mask.all()), "a row stopped where nothing stops"
     step = Times(*((seconds - one) / (C - 1) for seconds in took))
-    limit = step_bytes(model, rows, P + C / 2) / frame.limits()["read_bytes_s"]
+    read = step_bytes(model, rows, P + C / 2)
+    limit, by_copy = (read / frame.limits()[rate] for rate in ("read_bytes_s", "copy_bytes_s"))
     line = Line(
         "generate", f"{shape}, {rows} rows, prompts of {P}, {C} new tokens", rows / step.median, "tokens/s",
         rows / step.high, rows / step.low, percent=100 * limit / step.median, ceiling="the read bandwidth",
@@ -176,7 +177,8 @@ def fixed(work: Work, shape: str, rows: int, P: int, C: int, *, peers: bool = Fa
     )  # fmt: skip
     assert record_s(model) == compiled, "a step was recorded twice"
     line.more = {
-        "ms a step": 1e3 * step.median, "limit, ms a step": 1e3 * limit, "whole call, s": took.median,
+        "ms a step": 1e3 * step.median, "limit, ms a step": 1e3 * limit,
+        "% of the copy bandwidth": 100 * by_copy / step.median, "whole call, s": took.median,
         "first call, s": first, "of which compiling and recording, s": compiled,
         "tokens/s of the whole call": rows * C / took.median,
     }  # fmt: skip
