@@ -166,9 +166,8 @@ def test_the_list_names_what_there_is() -> None:
         asked = [stage.command[5:] for stage in gpu.STAGES if stage.command[1:4] == ("torchbandit", "bench", what)]
         assert sorted(row for part in asked for row in part) == sorted(known)
     tests = {path.name for path in Path(__file__).parent.glob("test_gpu_*.py")}
-    assert tests | {"test_generation_kernels.py", "test_scoring_kernels.py"} == {
-        Path(word).name for word in words if word.startswith("tests/")
-    }
+    kernels = {path.name for path in Path(__file__).parent.glob("test_*_kernels*.py")}
+    assert tests | kernels == {Path(word).name for word in words if word.startswith("tests/")}
 
 
 @pytest.mark.parametrize("script", ["generate", "decode_kernels", "scoring_kernels"])

@@ -26,6 +26,8 @@ SETTINGS = tuple(
     for setting in ((64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 4, 2),
                     (128, 64, 4, 2), (128, 32, 4, 2), (128, 64, 8, 2))
 )  # fmt: skip
+LAUNCHES = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2),
+            (128, 64, 8, 2), (64, 128, 8, 2))  # fmt: skip
 SCALE = 0.125
 
 
@@ -34,6 +36,17 @@ def flash(query: Tensor, key: Tensor, value: Tensor, starts_q: Tensor, starts_k:
     longest = [int(x.diff().max()) for x in (starts_q, starts_k)]  # before the call is recorded
     kernel = torch.ops.aten._flash_attention_forward
     return lambda: kernel(query, key, value, starts_q, starts_k, *longest, 0.0, causal, False, scale=SCALE)[:2]
+
+
+def flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, starts_q: Tensor,
+    starts_k: Tensor, causal: bool,
+) -> Any:  # fmt: skip
+    """torch's flash attention backward: a call that gives the gradients of query, key and value."""
+    longest = [int(x.diff().max()) for x in (starts_q, starts_k)]
+    kernel, unused = torch.ops.aten._flash_attention_backward, torch.zeros(2, dtype=torch.uint64, device=query.device)
+    given = grad, query, key, value, out, lse, starts_q, starts_k, *longest, 0.0, causal, unused, unused
+    return lambda: kernel(*given, scale=SCALE)
 
 
 def cumulative(lengths: list[int]) -> Tensor:
@@ -81,6 +94,47 @@ def case(frame: Frame, prompts: list[int], replies: list[int], compiled: Any) ->
         torch.testing.assert_close(out.float(), want.float(), rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(lse, want_lse, rtol=2e-2, atol=2e-2)
         found[name] = 1e6 * alone(frame, call)
+    return found | gradients(frame, query, key, value, want, want_lse, starts, longest, p, r, starts_q, starts_k)
+
+
+def gradients(
+    frame: Frame, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, starts: Tensor, longest: int,
+    p: int, r: int, starts_q: Tensor, starts_k: Tensor,
+) -> dict[str, float]:  # fmt: skip
+    """Backward: of queries, and of keys and values, each pass in several settings; torch's first."""
+    from torchbandit.scoring.kernels_backward import Launch, packed_attention_backward
+
+    grad = torch.randn_like(query)
+
+    near, far = flash_backward(grad, query, key, value, out, lse, starts, starts, True), None
+    mine = slice(p, p + r)
+    if p:
+        given = grad[mine], query[mine], key[:p], value[:p], out[mine], lse[:, mine].contiguous(), starts_q, starts_k
+        far = flash_backward(*given, False)
+
+    def torchs() -> Any:
+        whole = near()
+        if far is not None:
+            for x, y, rows in zip(whole, far(), (mine, slice(p), slice(p)), strict=True):
+                x[rows] += y
+        return whole
+
+    want = torchs()
+    found = {"backward, torch": 1e6 * alone(frame, torchs)}
+    line = grad, query, key, value, out, lse, starts, longest, p, r, starts_q, starts_k, SCALE
+    for which in ("of_queries", "of_keys"):
+        for launch in LAUNCHES:
+            call = functools.partial(packed_attention_backward, *line, **{which: Launch(*launch)})
+            name = f"backward, {which} {' '.join(map(str, launch))}"
+            try:
+                made = call()
+            except Exception as error:  # more than the card's shared memory
+                print(f"{name}: {type(error).__name__}", flush=True)
+                continue
+            for x, y in zip(made, want, strict=True):
+                assert float((x.float() - y.float()).norm() / y.float().norm()) < 0.02, name
+            found[name] = 1e6 * alone(frame, call)
+    found["backward, in use"] = 1e6 * alone(frame, functools.partial(packed_attention_backward, *line))
     return found
 
 

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from torchbandit.scoring.packs import Segments, SharedPrompt, size_of
-from torchbandit.scoring.varlen import prompt_backward, shared_forward, varlen_backward, varlen_forward
+from torchbandit.scoring.packs import Segments, SharedPrompt
+from torchbandit.scoring.varlen import shared_backward, shared_forward, varlen_backward, varlen_forward
 
 NAME = "torchbandit"
 
@@ -89,9 +89,7 @@ class _Packed(torch.autograd.Function):
     """Attention over one packed line: query [W, heads, D], key and value [W, KV heads, D] -> [W, heads, D].
 
     With shared prompts a response token has two parts of keys: its own response (causal, as the prompts' own) and its
-    group's prompt. Given the whole output and its log-sum-exp, flash attention's backward over a part of the keys
-    gives that part's share of the gradients.
-    Source: Dao et al. 2022 (FlashAttention), section 3.1 and appendix B; Liu et al. 2023 (Ring Attention).
+    group's prompt.
     """
 
     @staticmethod
@@ -109,17 +107,13 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, starts, longest, *rest = ctx.saved_tensors
-        dq, dk, dv = varlen_backward(
-            grad, query, key, value, out, lse, starts, starts, longest, longest, True, ctx.scaling, ctx.window
-        )
-        if rest:
-            shared = SharedPrompt(*rest)
-            p, r = size_of(shared.prompts), size_of(shared.responses)
-            far_dq, far_dk, far_dv = prompt_backward(grad, query, key, value, out, lse, *shared, ctx.scaling)
-            dq = torch.cat((dq[:p], dq[p : p + r] + far_dq, dq[p + r :]))
-            dk = torch.cat((dk[:p] + far_dk, dk[p:]))
-            dv = torch.cat((dv[:p] + far_dv, dv[p:]))
+        query, key, value, out, lse, starts, longest, *shared = ctx.saved_tensors
+        if shared:
+            dq, dk, dv = shared_backward(grad, query, key, value, out, lse, starts, longest, *shared, ctx.scaling)
+        else:
+            dq, dk, dv = varlen_backward(
+                grad, query, key, value, out, lse, starts, starts, longest, longest, True, ctx.scaling, ctx.window
+            )
         return dq, dk, dv, None, None, None, None, None
 
 

@@ -1,8 +1,8 @@
 """Variable-length attention with its log-sum-exp, forward and backward, as two ops that compilers leave whole.
 
-On CUDA in 16 bits forward is our own kernel (kernels.py), which takes half the time of torch's flash attention on rows
-of some hundred tokens; with a sliding window, or heads beyond 128, and in backward it is torch's. Elsewhere it is the
-same mathematics in padded blocks.
+On CUDA in 16 bits these are our own kernels (kernels.py, kernels_backward.py), which take half the time of torch's
+flash attention on rows of some hundred tokens; with a sliding window, or heads beyond 128, they are torch's. Elsewhere
+it is the same mathematics in padded blocks.
 
 Axis letters: Nq, Nk tokens of queries and keys laid end to end; H heads; K key-value heads; D head size; n segments.
 """
@@ -77,6 +77,13 @@ def varlen_backward(
     """
     if query.shape[0] == 0 or key.shape[0] == 0:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    if causal and not window and _has_own_kernel(query):
+        from torchbandit.scoring import kernels_backward as kernels
+
+        none = starts_q[:1]
+        return kernels.packed_attention_backward(
+            grad, query, key, value, out, lse, starts_q, size_of(longest_q), 0, 0, none, none, scale
+        )
     if _has_kernel(query):
         unused = torch.zeros(2, dtype=torch.uint64, device=query.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
@@ -155,35 +162,43 @@ def _(
     return query.new_empty(query.shape), query.new_empty((H, N), dtype=torch.float32)
 
 
-# The op below cuts the line up inside: compilers would compute a slice that goes into an op a second time, rotary
-# embedding and all.
-@torch.library.custom_op("torchbandit::prompt_backward", mutates_args=())
-def prompt_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, prompts: Tensor,
-    responses: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor, scale: float,
+# The ops cut the line up inside: compilers would compute a slice that goes into an op a second time, rotary embedding
+# and all.
+@torch.library.custom_op("torchbandit::shared_backward", mutates_args=())
+def shared_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, starts: Tensor, longest: Tensor,
+    prompts: Tensor, responses: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the part of `shared_forward` in which responses see their prompts.
+    """Gradients of `shared_forward`: those of query [N, H, D], key and value [N, K, D].
 
-    Args:
-        grad, out: [N, H, D]; lse: [H, N] float32: of the whole attention over the whole line; the rest as above.
-    Returns:
-        gradients of the responses' query [r, H, D] and of the prompts' key and value [p, K, D].
+    Given the whole output and its log-sum-exp, a backward over a part of the keys gives that part's share.
+    Source: Dao et al. 2022 (FlashAttention), appendix B; Liu et al. 2023 (Ring Attention).
     """
     p, r = size_of(prompts), size_of(responses)
-    grads: tuple[Tensor, Tensor, Tensor] = varlen_backward(
+    if _has_own_kernel(query):
+        from torchbandit.scoring import kernels_backward as kernels
+
+        return kernels.packed_attention_backward(
+            grad, query, key, value, out, lse, starts, size_of(longest), p, r, starts_q, starts_k, scale
+        )
+    dq, dk, dv = varlen_backward(grad, query, key, value, out, lse, starts, starts, longest, longest, True, scale, 0)
+    far_dq, far_dk, far_dv = varlen_backward(
         grad[p : p + r], query[p : p + r], key[:p], value[:p], out[p : p + r], lse[:, p : p + r],
         starts_q, starts_k, longest_q, longest_k, False, scale, 0,
     )  # fmt: skip
-    return grads
+    for whole, part in ((dq[p : p + r], far_dq), (dk[:p], far_dk), (dv[:p], far_dv)):
+        whole += part
+    return dq, dk, dv
 
 
-@prompt_backward.register_fake
+@shared_backward.register_fake
 def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, prompts: Tensor,
-    responses: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor, scale: float,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, starts: Tensor, longest: Tensor,
+    prompts: Tensor, responses: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    p, r = size_of(prompts), size_of(responses)
-    return tuple(x.new_empty((n, *x.shape[1:])) for n, x in ((r, query), (p, key), (p, value)))  # type: ignore[return-value]
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _has_kernel(query: Tensor) -> bool:
