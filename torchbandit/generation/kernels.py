@@ -14,7 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_KEYS = 32
-KEYS_STAGES = 4
+KEYS_STAGES = 3
+EVICT_KEYS = "evict_first"
+"""Keys and values are read once a step. Kept no longer than that, they leave what the model's products have just written
+in the card's cache, where the next layer writes over it, instead of driving it out to memory."""
 BLOCK_VOCAB = 4096
 """Fixed: a row's sums are added up in one order, so that its draw is the same in every batch."""
 
@@ -31,7 +34,7 @@ def decode_attention(
     block: int = BLOCK_KEYS,
     warps: int | None = None,
     stages: int = KEYS_STAGES,
-    evict: str = "",
+    evict: str = EVICT_KEYS,
 ) -> Tensor:
     """One new token a lane over its part of the cache.
 

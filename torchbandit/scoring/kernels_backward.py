@@ -270,8 +270,8 @@ def _key_kernel(
     query += head * GROUPED * query_head
     sums += head * GROUPED * N * 2
 
-    FIRST: tl.constexpr = BLOCK_K if BLOCK_K > BLOCK_Q else BLOCK_Q  # after as many, queries see every key from here
-    near = end - tl.maximum(end - first - FIRST, 0) // BLOCK_Q * BLOCK_Q
+    # Queries past this program's last key see all of its keys; their blocks are whole, counted back from the end.
+    near = end - tl.maximum(end - first - BLOCK_K, 0) // BLOCK_Q * BLOCK_Q
     far, far_end = 0, 0
     if segment < groups:
         far = prompts + tl.load(starts_q + segment)
