@@ -20,7 +20,7 @@ from torch import nn
 from torchbandit.bench.environment import environment
 from torchbandit.bench.frame import Frame, short
 
-SETTINGS: tuple[dict[str, Any], ...] = ({}, {"evict": ""}, {"evict": "evict_last"}) + tuple(
+SETTINGS: tuple[dict[str, Any], ...] = ({},) + tuple(
     dict(zip(("block", "warps", "stages", "splits"), setting, strict=False))
     for setting in (
         (32, 1, 2), (32, 1, 4), (16, 1, 6), (64, 1, 2), (64, 2, 3), (64, 2, 4), (64, 4, 3), (128, 4, 2), (32, 1, 3, 2),

@@ -63,7 +63,10 @@ def compiled_body(model: PreTrainedModel, cache: Cache, at_once: int = 1, **how:
         at_once: layers compiled as one, which a model must allow (`is_chain`); it divides their number.
         how: see `compiled`.
     """
-    how |= {"options": tuple(compiler_options(model).items())} if "backend" not in how else {}
+    # Elementwise kernels as Inductor lays them out for large tensors. Timed against a layout for small ones in the
+    # first step, which may be one of few lanes, they come out either way, and a full batch's take half as long again.
+    options = compiler_options(model) | {"triton.autotune_pointwise": False}
+    how |= {"options": tuple(options.items())} if "backend" not in how else {}
     layers = decoder_layers(model)
     body = next(parent for parent in model.modules() if any(child is layers for child in parent.children()))
     around = [

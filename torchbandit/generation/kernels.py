@@ -15,9 +15,6 @@ from torch import Tensor
 
 BLOCK_KEYS = 32
 KEYS_STAGES = 3
-EVICT_KEYS = "evict_first"
-"""Keys and values are read once a step. Kept no longer than that, they leave what the model's products have just written
-in the card's cache, where the next layer writes over it, instead of driving it out to memory."""
 BLOCK_VOCAB = 4096
 """Fixed: a row's sums are added up in one order, so that its draw is the same in every batch."""
 
@@ -34,7 +31,6 @@ def decode_attention(
     block: int = BLOCK_KEYS,
     warps: int | None = None,
     stages: int = KEYS_STAGES,
-    evict: str = EVICT_KEYS,
 ) -> Tensor:
     """One new token a lane over its part of the cache.
 
@@ -73,7 +69,7 @@ def decode_attention(
         query.stride(0), query.stride(1), query.stride(2), keys.stride(0), keys.stride(1), keys.stride(2),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         K=K, H=H, HEADS=heads, D=D, SIZE=size, BLOCK=block, SPLITS=splits, EXACT=query.dtype == torch.float32,
-        APPEND=new is not None, EVICT=evict, num_warps=warps, num_stages=stages,
+        APPEND=new is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _join_kernel[(n * K,)](
@@ -95,7 +91,7 @@ def _attention_kernel(
     query, keys, values, new_keys, new_values, lanes, out, part, log_sum, scale,
     query_lane, query_head, query_row, cache_place, cache_head, cache_row, key_lane, key_head, value_lane, value_head,
     K: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, EXACT: tl.constexpr, APPEND: tl.constexpr, EVICT: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, EXACT: tl.constexpr, APPEND: tl.constexpr,
 ):  # fmt: skip
     lane = tl.program_id(0) // K
     head = tl.program_id(0) % K
@@ -124,14 +120,14 @@ def _attention_kernel(
         inside = row < end
         spot = base + row[:, None] * cache_row + d[None, :]
         real = inside[:, None] & (d[None, :] < D)
-        key = tl.load(keys + spot, mask=real, other=0.0, eviction_policy=EVICT)
+        key = tl.load(keys + spot, mask=real, other=0.0)
         score = tl.dot(q, tl.trans(key), input_precision=precision) * scale
         score = tl.where(inside[None, :], score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
         weight = tl.exp2(score - higher[:, None])
         fade = tl.exp2(peak - higher)
         total = total * fade + tl.sum(weight, 1)
-        value = tl.load(values + spot, mask=real, other=0.0, eviction_policy=EVICT)
+        value = tl.load(values + spot, mask=real, other=0.0)
         mean = mean * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=precision)
         peak = higher
     if APPEND:  # noqa: SIM102 - decided when it is compiled; the other when it runs
