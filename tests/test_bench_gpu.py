@@ -50,11 +50,12 @@ def test_a_stage_that_fails_overruns_or_cannot_run_is_told_and_the_next_goes_on(
     assert {name: found["rc"] for name, found in ran.items()} == {"fails": 3, "overruns": None, "works": 0}
     assert ran["fails"]["tail"] == ["before"] and ran["works"]["result"] == {"lines": [], "x": 1}
     assert ran["overruns"]["seconds"] >= 1.0
-    assert told["left_out"]["lacks"] == "no_such_package is not installed"
+    why = told["left_out"]["lacks"]
+    assert why == "no_such_package cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"
     log = (tmp_path / "log.txt").read_text()
     assert "=== fails: -c" in log and "before" in log and "never\n" not in log
     table = gpu.table(told)
-    for says in ("failed (3)", "ended at its limit", "ok", "left out: no_such_package"):
+    for says in ("failed (3)", "ended at its limit", "ok", "left out: no_such_package cannot be imported"):
         assert says in table
     assert "overruns: ended at its limit" in capsys.readouterr().out
 
@@ -66,6 +67,17 @@ def test_cards_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         found = [gpu.lacking(stage("x", "", needs=(need,)), tiny=True) for need in ("cuda", "two GPUs")]
         assert found == missing
         assert (gpu.lacking(stage("x", ""), tiny=False) is None) == (cards > 0), "all but the tiny forms need a card"
+
+
+def test_a_package_that_lacks_what_it_needs_is_told_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "half_a_package.py").write_text("import no_such_package")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    stages = [stage("works", "pass"), stage("half", "print('never')", needs=("half_a_package",))]
+    told = gpu.run(stages, tmp_path, tiny=True, budget=1e9)
+    assert list(told["stages"]) == ["works"] and "no_such_package" in told["left_out"]["half"]
+    assert capsys.readouterr().out.startswith("left out: half: half_a_package cannot be imported")
 
 
 def test_what_the_budget_does_not_hold_is_left_out(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ is 1 if any stage failed.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import functools
 import json
 import os
 import queue
@@ -42,7 +42,7 @@ class Stage(NamedTuple):
     Args:
         name: of the stage; command: Python's arguments, `{tmp}` being a folder that is removed at the end.
         limit: seconds.
-        needs: "cuda", "two GPUs", or a package. Without --tiny every stage needs CUDA.
+        needs: "cuda", "two GPUs", or a module. Without --tiny every stage needs CUDA.
         tiny: arguments that make it small.
     """
 
@@ -76,15 +76,15 @@ STAGES = (
     bench("score", ["step"]), bench("score", ["groups"]), bench("score", ["flat"]), bench("score", ["rm7b"], 150),
     script("decode", "generate", limit=300), script("decode-kernels", "decode_kernels", limit=150),
     script("precision", "precision", "--out", "{tmp}/learned", limit=330),
-    script("engines", "engines", "--places", "local", "0/0", limit=240, needs=("ray",)),
-    script("engines-two", "engines", "--places", "local", "accelerate", "2/2", limit=400, needs=("two GPUs", "ray")),
-    bench("rllib", limit=180, needs=("ray",)), bench("step"),
+    script("engines", "engines", "--places", "local", "0/0", limit=240, needs=("torchbandit.rllib",)),
+    script("engines-two", "engines", "--places", "local", "accelerate", "2/2", limit=400, needs=("two GPUs", "torchbandit.rllib")),
+    bench("rllib", limit=180, needs=("torchbandit.rllib",)), bench("step"),
     test("gpu_losses", 90), test("gpu_rewards", 90), test("gpu_prompts", 60),
     bench("score", ["rm"]), bench("score", ["ref"], 150), bench("score", ["grad"], 180),
     bench("generate", ["b256", "b1024"], 150), bench("generate", ["ragged"], 90), bench("train", limit=150),
     Stage(
         "train-trl", ("-m", "torchbandit", "bench", "train", "--rows", "trl", "--peers", "benchmarks/gpu/trl.yaml"),
-        480, ("trl",),
+        480, ("trl.trainer.grpo_trainer",),
     ),
 )  # fmt: skip
 
@@ -98,9 +98,22 @@ def lacking(stage: Stage, tiny: bool) -> str | None:
             have, want = torch.cuda.device_count(), 2 if need == "two GPUs" else 1
             if have < want:
                 return f"needs {'a CUDA device' if want == 1 else need}, {have} are here"
-        elif importlib.util.find_spec(need) is None:
-            return f"{need} is not installed"
+        elif why := cannot_import(need):
+            return f"{need} cannot be imported: {why}"
     return None
+
+
+@functools.cache
+def cannot_import(module: str) -> str:
+    """Why a process does not import it, or "": a package may be here without one that it needs."""
+    env = os.environ | {"PYTHONPATH": modules()}
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, env=env, cwd=ROOT)
+    return done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
+
+
+def modules() -> str:
+    """Where a stage finds the package and what else is on this process's path."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 running: set[subprocess.Popen[bytes]] = set()
@@ -124,12 +137,14 @@ def run(stages: Sequence[Stage], out: Path, *, tiny: bool, budget: float) -> dic
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as tmp:
 
+        def leave_out(stage: Stage, why: str) -> None:
+            print(f"left out: {stage.name}: {why}", flush=True)
+            write(out, told, "left_out", stage, why)
+
         def go(stage: Stage, card: str | None) -> None:
             left = budget - (time.monotonic() - begin)
-            why = lacking(stage, tiny) or ("no time was left" if left < min(10, stage.limit) else None)
-            if why is not None:
-                print(f"left out: {stage.name}: {why}", flush=True)
-                write(out, told, "left_out", stage, why)
+            if left < min(10, stage.limit):
+                leave_out(stage, "no time was left")
                 return
             write(out, told, "stages", stage, {"running": True})
             found = one(stage, out / "log.txt", tmp, tiny, min(stage.limit, left), card)
@@ -137,7 +152,13 @@ def run(stages: Sequence[Stage], out: Path, *, tiny: bool, budget: float) -> dic
                 print(f"{stage.name}: {verdict(found)} in {found['seconds']:.0f} s", flush=True)
                 write(out, told, "stages", stage, found)
 
-        here = cards()
+        needs = {need for stage in stages for need in stage.needs} - {"cuda", "two GPUs"}
+        with ThreadPoolExecutor() as pool:  # what cannot run is told before a card's time is spent on anything
+            list(pool.map(cannot_import, needs))
+        for stage in stages:
+            if why := lacking(stage, tiny):
+                leave_out(stage, why)
+        here, stages = cards(), [stage for stage in stages if stage.name not in told["left_out"]]
         tests = [stage for stage in stages if stage.name.startswith("test-")]
         wide = [stage for stage in stages if "two GPUs" in stage.needs]
         side_by_side(go, tests, [here[i % len(here)] for i in range(len(tests))])
@@ -180,8 +201,7 @@ def one(stage: Stage, whole: Path, tmp: str, tiny: bool, limit: float, card: str
         card: the only one that it sees; None or "" hides none.
     """
     argv = [x.replace("{tmp}", tmp) for x in (*stage.command, *(stage.tiny if tiny else ()))]
-    modules = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    more = {"PYTHONPATH": modules, "PYTHONUNBUFFERED": "1"} | ({"CUDA_VISIBLE_DEVICES": card} if card else {})
+    more = {"PYTHONPATH": modules(), "PYTHONUNBUFFERED": "1"} | ({"CUDA_VISIBLE_DEVICES": card} if card else {})
     log, begin = Path(tmp) / f"{stage.name}.txt", time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(
