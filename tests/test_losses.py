@@ -598,3 +598,37 @@ def test_bad_input_is_refused_with_its_name() -> None:
         L.grpo_advantages(f.reward[:, None], G)
     with pytest.raises(ValueError, match="scorable: must be"):
         L.grpo_advantages(f.reward, G, scorable=f.mask[:3].any(-1))
+
+
+def test_parts_add_up_with_their_coefficients_and_all_metrics() -> None:
+    x = torch.tensor(2.0, requires_grad=True)
+    parts = {
+        "policy": (x * 3, {"clip_fraction": torch.tensor(0.5)}),
+        "value": (x * x, {"explained": torch.tensor(0.1)}),
+    }
+    loss, metrics = L.add_up(parts, {"value": 0.25})
+    assert_close(loss, torch.tensor(7.0))
+    loss.backward()
+    assert x.grad is not None
+    assert_close(x.grad, torch.tensor(4.0))
+    assert {name: round(float(number), 6) for name, number in metrics.items()} == {
+        "policy": 6.0, "value": 4.0, "clip_fraction": 0.5, "explained": 0.1,
+    }  # fmt: skip
+    assert not any(number.requires_grad for number in metrics.values())
+    assert_close(L.add_up({"policy": parts["policy"]})[0], torch.tensor(6.0))
+
+
+def test_ppo_advantages_are_whitened_gae_of_either_reward() -> None:
+    f = Fake()
+    advantages, returns = L.ppo_advantages(f.reward.unsqueeze(-1), f.token_reward, f.values, f.mask, lam=0.9)
+    plain, plain_returns = L.gae(f.token_reward, f.values, f.mask, lam=0.9)
+    assert_close(returns, plain_returns)
+    real, want = advantages[f.mask], plain[f.mask]
+    assert_close(real, (want - want.mean()) / want.var(unbiased=False).sqrt())
+    assert not advantages[~f.mask].any()
+    alone = torch.zeros_like(f.token_reward)
+    for row, count in enumerate(f.mask.sum(-1)):
+        if count:
+            alone[row, count - 1] = f.reward[row]
+    _, returns = L.ppo_advantages(f.reward.unsqueeze(-1), None, f.values, f.mask, gamma=0.9)
+    assert_close(returns, L.gae(alone, f.values, f.mask, gamma=0.9)[1])

@@ -15,13 +15,25 @@ from torchbandit.losses.advantages import (
     group_is_constant,
     grpo_advantages,
     num_constant_groups,
+    ppo_advantages,
     rloo_advantages,
 )
-from torchbandit.losses.objectives import entropy_bonus, grpo_loss, ppo_loss, ptx_loss, rloo_loss, value_loss
+from torchbandit.losses.objectives import (
+    Loss,
+    add_up,
+    entropy_bonus,
+    grpo_loss,
+    ppo_loss,
+    ptx_loss,
+    rloo_loss,
+    value_loss,
+)
 from torchbandit.losses.ratios import KLEstimator, importance_weights, kl_estimate
 
 __all__ = [
     "KLEstimator",
+    "Loss",
+    "add_up",
     "entropy_bonus",
     "gae",
     "group_is_constant",
@@ -30,6 +42,7 @@ __all__ = [
     "importance_weights",
     "kl_estimate",
     "num_constant_groups",
+    "ppo_advantages",
     "ppo_loss",
     "ptx_loss",
     "rloo_advantages",

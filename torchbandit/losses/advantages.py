@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from torchbandit.batch import Reduce, masked_whiten
 from torchbandit.losses.inputs import check_float, check_mask, check_tokens, keep
+from torchbandit.responses import last_token
 
 
 @torch.no_grad()
@@ -46,6 +48,34 @@ def gae(
 
 
 @torch.no_grad()
+@torch.no_grad()
+def ppo_advantages(
+    reward: Tensor,
+    token_reward: Tensor | None,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    reduce: Reduce | None = None,
+) -> tuple[Tensor, Tensor]:
+    """GAE on a batch's rewards, its advantages whitened over all real tokens.
+
+    Args:
+        reward: [B, 1] float32, given for the last real token where there is no token_reward.
+        token_reward: [B, T] float32 or None.
+        values, mask, gamma, lam: as in `gae`.
+        reduce: sums over processes (see masked_whiten).
+    Returns:
+        (advantages, returns), each [B, T] float32 without gradient.
+    Source: Schulman et al. 2017 (PPO); Huang et al. 2024 (The N+ Implementation Details of RLHF with PPO), whitening.
+    """
+    if token_reward is None:
+        token_reward = torch.where(last_token(mask), reward, 0.0)
+    advantages, returns = gae(token_reward, values, mask, gamma=gamma, lam=lam)
+    return masked_whiten(advantages, mask, reduce=reduce), returns
+
+
 def rloo_advantages(reward: Tensor, group_size: int, scorable: Tensor | None = None) -> Tensor:
     """Reward less the mean reward of the other responses to the same prompt.
 

@@ -6,6 +6,7 @@ Each returns (loss, metrics): a scalar with gradient, and scalars without, all o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from torchbandit.losses.inputs import check_float, check_tokens, keep, share
 from torchbandit.losses.ratios import kl_estimate
 
 Loss = tuple[Tensor, dict[str, Tensor]]
+
+
+def add_up(parts: Mapping[str, Loss], coefs: Mapping[str, float] | None = None) -> Loss:
+    """The parts' sum, each times its coefficient (1 where none is given), and all metrics, the parts' losses too."""
+    first, *others = (loss * (coefs or {}).get(name, 1.0) for name, (loss, _) in parts.items())
+    total = sum(others, start=first)
+    metrics = {name: loss.detach() for name, (loss, _) in parts.items()}
+    for _, more in parts.values():
+        metrics |= more
+    return total, metrics
 
 
 def ppo_loss(

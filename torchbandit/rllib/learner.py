@@ -18,9 +18,7 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from torch import Tensor
 
 from torchbandit import losses
-from torchbandit.batch import masked_whiten
 from torchbandit.masters import MasterOptimizer
-from torchbandit.responses import last_token
 from torchbandit.rllib.cut import draw_order, microbatches
 from torchbandit.rllib.module import CausalLMModule, same_algorithms
 from torchbandit.rllib.ptx import PtxData
@@ -109,14 +107,11 @@ class PPOPtxLearner(PPOTorchLearner):
         Unscorable rows have an all-False mask and so no part in any loss or statistic.
         """
         mask = rows["masks/response"] & ~rows["next/unscorable"].unsqueeze(-1)
-        token_reward = rows.get("next/token_reward")
-        if token_reward is None:
-            token_reward = torch.where(last_token(mask), rows["next/reward"], 0.0)
-        advantages, returns = losses.gae(
-            token_reward, rows["values"], mask, gamma=self.config.gamma, lam=self.config.lambda_
-        )
-        reduce = self._sum_over_learners if self.distributed else None
-        advantages = masked_whiten(advantages, mask, reduce=reduce)
+        advantages, returns = losses.ppo_advantages(
+            rows["next/reward"], rows.get("next/token_reward"), rows["values"], mask,
+            gamma=self.config.gamma, lam=self.config.lambda_,
+            reduce=self._sum_over_learners if self.distributed else None,
+        )  # fmt: skip
         return rows | {"learn_mask": mask, "advantages": advantages, "returns": returns}
 
     def _minibatches(
@@ -171,28 +166,27 @@ class PPOPtxLearner(PPOTorchLearner):
             scalar with gradient.
         """
         mask, tokens = batch["learn_mask"], batch["num_tokens"]
-        policy, policy_metrics = losses.ppo_loss(
-            fwd_out["log_probs"], batch["log_probs/response"], batch["advantages"], mask,
-            clip=config.clip_param, clip_high=config.clip_param_high, denominator=tokens,
-        )  # fmt: skip
-        value, value_metrics = losses.value_loss(
-            fwd_out["values"], batch["values"], batch["returns"], mask, clip=config.vf_clip_param, denominator=tokens
-        )
-        loss = policy + config.vf_loss_coeff * value
-        metrics = {"policy": policy.detach(), "value": value.detach()} | policy_metrics | value_metrics
+        parts = {
+            "policy": losses.ppo_loss(
+                fwd_out["log_probs"], batch["log_probs/response"], batch["advantages"], mask,
+                clip=config.clip_param, clip_high=config.clip_param_high, denominator=tokens,
+            ),
+            "value": losses.value_loss(
+                fwd_out["values"], batch["values"], batch["returns"], mask,
+                clip=config.vf_clip_param, denominator=tokens,
+            ),
+        }  # fmt: skip
         if "entropy" in fwd_out:
             coef = self.entropy_coeff_schedulers_per_module[module_id].get_current_value()
-            bonus, entropy_metrics = losses.entropy_bonus(fwd_out["entropy"], mask, coef, denominator=tokens)
-            loss, metrics = loss + bonus, metrics | entropy_metrics | {"entropy_bonus": bonus.detach()}
+            parts["entropy_bonus"] = losses.entropy_bonus(fwd_out["entropy"], mask, coef, denominator=tokens)
         if "ptx_loss" in fwd_out:
             summed = fwd_out["ptx_loss"] * fwd_out["ptx_tokens"]
-            ptx, ptx_metrics = losses.ptx_loss(
+            parts["ptx_weighted"] = losses.ptx_loss(
                 summed, fwd_out["ptx_tokens"], config.ptx_coef, denominator=batch["num_ptx_tokens"]
             )
-            loss, metrics = loss + ptx, metrics | ptx_metrics | {"ptx_weighted": ptx.detach()}
+        loss, metrics = losses.add_up(parts, {"value": config.vf_loss_coeff})
         self.add_metrics({f"loss/{name}": number for name, number in metrics.items()})
-        total: Tensor = loss
-        return total
+        return loss
 
     def add_metrics(self, metrics: dict[str, Tensor]) -> None:
         """Add scalars up on the device; `train()` reports their mean over the updates, after one copy to the host."""

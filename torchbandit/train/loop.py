@@ -16,13 +16,11 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from torchbandit import batch, losses
-from torchbandit.batch import masked_whiten
 from torchbandit.clock import Clock
 from torchbandit.corpus import Corpus
 from torchbandit.env import BanditEnv
 from torchbandit.masters import MasterOptimizer
 from torchbandit.policy import CausalLMPolicy, Plans
-from torchbandit.responses import last_token
 from torchbandit.train.metrics import Metrics, reward_metrics, to_host
 from torchbandit.train.options import LoopOptions
 
@@ -141,11 +139,10 @@ class BanditTrainer:
         out["learn_mask"] = mask
         reduce = self._reduce if self.world_size > 1 else None
         if options.algo == "ppo":
-            token_reward = td.get(batch.TOKEN_REWARD, None)
-            if token_reward is None:
-                token_reward = torch.where(last_token(mask), reward.unsqueeze(-1), 0.0)
-            advantages, returns = losses.gae(token_reward, td[batch.VALUES], mask, gamma=options.gamma, lam=options.lam)
-            out["advantages"], out["returns"] = masked_whiten(advantages, mask, reduce=reduce), returns
+            out["advantages"], out["returns"] = losses.ppo_advantages(
+                td[batch.REWARD], td.get(batch.TOKEN_REWARD, None), td[batch.VALUES], mask,
+                gamma=options.gamma, lam=options.lam, reduce=reduce,
+            )  # fmt: skip
         elif options.algo == "rloo":
             out["advantages"] = losses.rloo_advantages(reward, G, scorable)
         else:
@@ -228,38 +225,28 @@ class BanditTrainer:
         mask, tokens = td["learn_mask"], denominators["tokens"]
         new, old, advantages = out["log_probs"], td[batch.LOG_PROBS], td["advantages"]
         clip: dict[str, Any] = {"clip": o.clip, "clip_high": o.clip_high}
-        metrics: dict[str, Tensor] = {}
-
-        def part(name: str, made: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
-            metrics[f"loss/{name}"] = made[0].detach()
-            metrics.update({f"loss/{key}": value for key, value in made[1].items()})
-            return made[0]
-
+        parts: dict[str, losses.Loss] = {}
         if o.algo == "ppo":
-            loss = part("policy", losses.ppo_loss(new, old, advantages, mask, denominator=tokens, **clip))
-            value = losses.value_loss(
+            parts["policy"] = losses.ppo_loss(new, old, advantages, mask, denominator=tokens, **clip)
+            parts["value"] = losses.value_loss(
                 out["values"], td[batch.VALUES], td["returns"], mask, clip=o.value_clip or None, denominator=tokens
             )
-            loss = loss + o.value_coef * part("value", value)
         elif o.algo == "rloo":
-            made = losses.rloo_loss(new, old, advantages, mask, denominator=denominators["rows"], **clip)
-            loss = part("policy", made)
+            parts["policy"] = losses.rloo_loss(new, old, advantages, mask, denominator=denominators["rows"], **clip)
         else:
-            made = losses.grpo_loss(
+            parts["policy"] = losses.grpo_loss(
                 new, old, advantages, mask, ref_log_probs=td.get("ref_log_probs", None), kl_coef=o.loss_kl_coef,
                 sequence_mean=not o.dr_grpo, denominator=denominators["rows"], **clip,
             )  # fmt: skip
-            loss = part("policy", made)
         if o.entropy_coef:
-            loss = loss + part(
-                "entropy_bonus", losses.entropy_bonus(out["entropy"], mask, o.entropy_coef, denominator=tokens)
-            )
+            parts["entropy_bonus"] = losses.entropy_bonus(out["entropy"], mask, o.entropy_coef, denominator=tokens)
         if ids is not None:
             total = out["ptx_loss"] * out["ptx_tokens"]
-            loss = loss + part(
-                "ptx_weighted", losses.ptx_loss(total, out["ptx_tokens"], o.ptx_coef, denominator=denominators["ptx"])
+            parts["ptx_weighted"] = losses.ptx_loss(
+                total, out["ptx_tokens"], o.ptx_coef, denominator=denominators["ptx"]
             )
-        return loss, metrics
+        loss, metrics = losses.add_up(parts, {"value": o.value_coef})
+        return loss, {f"loss/{name}": number for name, number in metrics.items()}
 
     def _reduce(self, x: Tensor) -> Tensor:
         if self.world_size == 1:
