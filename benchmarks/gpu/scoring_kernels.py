@@ -3,8 +3,8 @@
     python benchmarks/gpu/scoring_kernels.py          # on one GPU; --tiny to see that it runs there
 
 Groups of eight responses of `torchbandit bench score --rows groups`, for which torch takes two passes and a merge, and
-rows of mixed lengths without shared prompts, one pass of torch's. 32 heads of 64 with 8 key heads. Microseconds;
-each result is compared with torch's. The last line is JSON.
+rows of mixed lengths without shared prompts, one pass of torch's. 32 heads of 64, or 128, with 8 key heads.
+Microseconds; each result is compared with torch's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def merged(near: Tensor, near_lse: Tensor, far: Tensor, far_lse: Tensor, p: int,
     return out, torch.cat((near_lse[:, :p], torch.logaddexp(mine_lse, far_lse), near_lse[:, p + r :]), 1)
 
 
-def case(frame: Frame, prompts: list[int], replies: list[int], compiled: Any) -> dict[str, float]:
+def case(frame: Frame, D: int, prompts: list[int], replies: list[int], compiled: Any) -> dict[str, float]:
     """Groups of eight; without prompts the replies are whole rows."""
     from torchbandit.scoring import kernels
 
     p, r = sum(prompts), sum(replies) if prompts else 0
     starts = cumulative([*prompts, *replies])
     longest, N = max(prompts + replies), int(starts[-1])
-    query, key, value = (torch.randn(N, heads, 64, device=frame.device, dtype=frame.dtype) for heads in (32, 8, 8))
+    query, key, value = (torch.randn(N, heads, D, device=frame.device, dtype=frame.dtype) for heads in (32, 8, 8))
     groups = [sum(replies[i : i + 8]) for i in range(0, len(replies), 8)] if prompts else [0]
     starts_q, starts_k = cumulative(groups), cumulative(prompts or [0])
 
@@ -152,10 +152,12 @@ def main() -> None:
         assert isinstance(mixed, Tensor)
         rows, few = sorted(mixed.tolist()), 8 if frame.tiny else 1
         compiled = torch.compile(merged, dynamic=True)
-        for P, C, groups in ((512, 256, 16), (150, 1000, 4), (2000, 256, 8)):
-            found[f"P={P}, C={C}"] = case(frame, [P // few] * groups, [C // few] * 8 * groups, compiled)
-        for name, some in (("short rows", rows[:120]), ("middling rows", rows[240:320]), ("long rows", rows[-32:])):
-            found[name] = case(frame, [], some[: len(some) // few], compiled)
+        for D in (64, 128):
+            for P, C, groups in ((512, 256, 16), (150, 1000, 4), (2000, 256, 8)):
+                work = [P // few] * groups, [C // few] * 8 * groups
+                found[f"heads of {D}, P={P}, C={C}"] = case(frame, D, *work, compiled)
+            for name, some in (("short rows", rows[:120]), ("middling rows", rows[240:320]), ("long rows", rows[-32:])):
+                found[f"heads of {D}, {name}"] = case(frame, D, [], some[: len(some) // few], compiled)
         for name, row in found.items():
             print(f"{name}: {short(row)}", flush=True)
     else:
