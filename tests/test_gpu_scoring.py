@@ -13,7 +13,7 @@ from torch import Tensor
 from torchbandit.scoring import last_layer, log_probs, make_plan, sequence_scores
 from torchbandit.scoring.packs import size_carrier
 from torchbandit.scoring.routes import route_of
-from torchbandit.scoring.varlen import varlen_backward, varlen_forward
+from torchbandit.scoring.varlen import shared_backward, shared_forward, varlen_backward, varlen_forward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: the flash kernels run there")
 # A head size the kernels take; hidden 64 over 4 heads.
@@ -119,6 +119,33 @@ def test_the_kernels_are_the_fallbacks_mathematics(causal: bool, window: int) ->
         ("out", "lse", "dq", "dk", "dv"), both("cuda", torch.bfloat16), both("cpu", torch.float32), strict=True
     ):
         torch.testing.assert_close(ours, want, atol=0.03, rtol=0.03, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_shared_prompts_by_our_kernels_and_by_torchs(size: int) -> None:
+    """Heads of 32 go through ours, of 128 through two passes of torch's."""
+    prompts, replies = [40, 3, 70], [5, 33, 0, 64, 1, 20]
+    gen = torch.Generator().manual_seed(0)
+    lengths = [*prompts, *replies, -sum(prompts + replies) % 64]
+    starts, starts_q, starts_k = (
+        torch.tensor([0, *n]).cumsum(0).int() for n in (lengths, [38, 64, 21], prompts)
+    )  # fmt: skip
+    grad, query, key, value = (
+        torch.randn(sum(lengths), heads, size, generator=gen).bfloat16() for heads in (4, 4, 2, 2)
+    )
+    numbers = [size_carrier(n) for n in (70, sum(prompts), sum(replies), 64, 70)]
+
+    def both(device: str, dtype: torch.dtype) -> list[Tensor]:
+        move = [x.to(device, dtype) for x in (grad, query, key, value)]
+        bounds = [x.to(device) for x in (starts, starts_q, starts_k)]
+        line = bounds[0], *numbers[:3], *bounds[1:], *numbers[3:], 0.2
+        out, lse = shared_forward(*move[1:], *line)
+        return [x.float().cpu() for x in (out, lse, *shared_backward(*move, out, lse, *line))]
+
+    for name, ours, want in zip(
+        ("out", "lse", "dq", "dk", "dv"), both("cuda", torch.bfloat16), both("cpu", torch.float32), strict=True
+    ):
+        torch.testing.assert_close(ours, want, atol=0.05, rtol=0.03, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_no_sync_beyond_the_lengths() -> None:
