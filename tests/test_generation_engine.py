@@ -144,6 +144,25 @@ def test_layers_compile_once_for_any_depth_and_batch(arch: str, at_once: int) ->
     assert max(sizes) > 25 * at_once, "the layers are in it"
 
 
+def test_each_layer_of_a_chain_runs_as_its_own_class() -> None:
+    model, cpu = tiny_lm(num_hidden_layers=4), torch.device("cpu")
+
+    class Doubled(type(decoder_layers(model)[1])):  # type: ignore[misc]
+        def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(hidden, *args, **kwargs) * 2
+
+    for index in (1, 3):
+        decoder_layers(model)[index].__class__ = Doubled
+    with torch.no_grad():
+        stepper = Stepper(Cache(layer_shapes(model, 64), 4, 64, cpu), Lanes(4, 8, cpu), host_bound=False)
+        stepper.probe(model)
+        assert stepper.chained
+        with decode_mode(model):
+            plain = stepper._logits(model, 3, None, False)
+            with compiled_body(model, stepper.cache, 2, backend="eager"):
+                torch.testing.assert_close(stepper._logits(model, 3, None, False), plain)
+
+
 def test_layers_are_a_chain_where_each_reads_the_last_ones_output_and_what_all_read() -> None:
     x, y, mask, places = (torch.zeros(2) for _ in range(4))
     for calls, chain in (

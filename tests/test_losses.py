@@ -632,3 +632,15 @@ def test_ppo_advantages_are_whitened_gae_of_either_reward() -> None:
             alone[row, count - 1] = f.reward[row]
     _, returns = L.ppo_advantages(f.reward.unsqueeze(-1), None, f.values, f.mask, gamma=0.9)
     assert_close(returns, L.gae(alone, f.values, f.mask, gamma=0.9)[1])
+
+
+def test_advantages_carry_no_gradient() -> None:
+    f = Fake()
+    reward, values = torch.randn(B, requires_grad=True), f.values.float().requires_grad_()
+    made = [
+        L.rloo_advantages(reward, G),
+        L.grpo_advantages(reward, G),
+        *L.gae(f.token_reward.float(), values, f.mask),
+        *L.ppo_advantages(reward.unsqueeze(-1), None, values, f.mask),
+    ]
+    assert not any(x.requires_grad for x in made)

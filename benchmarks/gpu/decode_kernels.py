@@ -20,7 +20,7 @@ from torch import nn
 from torchbandit.bench.environment import environment
 from torchbandit.bench.frame import Frame, short
 
-SETTINGS: tuple[dict[str, Any], ...] = ({},) + tuple(
+SETTINGS: tuple[dict[str, int], ...] = ({},) + tuple(
     dict(zip(("block", "warps", "stages", "splits"), setting, strict=False))
     for setting in (
         (32, 1, 2), (32, 1, 4), (16, 1, 6), (64, 1, 2), (64, 2, 3), (64, 2, 4), (64, 4, 3), (128, 4, 2), (32, 1, 3, 2),
@@ -40,7 +40,7 @@ def attention(frame: Frame, n: int, H: int, L: int, used: int) -> dict[str, floa
     want, found = torchs().float(), dict[str, float]()
     bytes_read = 2 * n * 8 * used * 64 * keys.element_size()
     for how in SETTINGS:
-        call: Any = functools.partial(kernels.decode_attention, query, keys, values, lanes, 0.125, **how)
+        call: Any = functools.partial(kernels.decode_attention, query, keys, values, lanes, 0.125, **how)  # type: ignore[arg-type]
         torch.testing.assert_close(call().float(), want, rtol=2e-2, atol=2e-2)
         name = " ".join(f"{key} {value}" for key, value in how.items()) or "in use"
         found[name] = 100 * bytes_read / alone(frame, call) / frame.limits()["read_bytes_s"]

@@ -77,10 +77,11 @@ def compiled_body(model: PreTrainedModel, cache: Cache, at_once: int = 1, **how:
         for first in range(0, len(layers), at_once):
             some = tuple(layers[first : first + at_once])
             parts = cache.layers[first : first + at_once]
-            patched += some
+            some[0].forward = functools.partial(_run_layers, some, cache, parts, how)
+            patched.append(some[0])
             for layer in some[1:]:
                 layer.forward = _pass_on
-            some[0].forward = functools.partial(_run_layers, some, cache, parts, how)
+                patched.append(layer)
         for module in around:
             module.forward = functools.partial(_run, module, how)
             patched.append(module)
@@ -99,8 +100,7 @@ def _run_layers(
     ]
     if len(layers) == 1:
         return _run(layers[0], how, *each[0][0], **each[0][1])
-    kind: Any = type(layers[0])
-    return compiled(_chain_of(kind, len(layers)), **how)(layers, each)
+    return compiled(_chain_of(tuple(type(layer) for layer in layers)), **how)(layers, each)
 
 
 def _pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -125,17 +125,17 @@ def _forward_of(kind: Any) -> Callable[..., Any]:
 
 
 @functools.cache
-def _chain_of(kind: Any, num: int) -> Callable[..., Any]:
-    """The forwards of `num` layers of a class, one after the other."""
-    forward = kind.forward
+def _chain_of(kinds: tuple[Any, ...]) -> Callable[..., Any]:
+    """The forwards of layers of these classes, one after the other."""
+    forwards = tuple(kind.forward for kind in kinds)
 
     def call(layers: tuple[nn.Module, ...], each: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Any:
         hidden = each[0][0][0]
-        for layer, (args, kwargs) in zip(layers, each, strict=True):
+        for forward, layer, (args, kwargs) in zip(forwards, layers, each, strict=True):
             hidden = forward(layer, hidden, *args[1:], **kwargs)
         return hidden
 
-    return _with_own_code(call, f"decode_{num}_{kind.__name__}")
+    return _with_own_code(call, f"decode_{len(kinds)}_{kinds[0].__name__}")
 
 
 def _with_own_code(function: Any, name: str) -> Callable[..., Any]:

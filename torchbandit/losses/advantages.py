@@ -48,7 +48,6 @@ def gae(
 
 
 @torch.no_grad()
-@torch.no_grad()
 def ppo_advantages(
     reward: Tensor,
     token_reward: Tensor | None,
@@ -76,6 +75,7 @@ def ppo_advantages(
     return masked_whiten(advantages, mask, reduce=reduce), returns
 
 
+@torch.no_grad()
 def rloo_advantages(reward: Tensor, group_size: int, scorable: Tensor | None = None) -> Tensor:
     """Reward less the mean reward of the other responses to the same prompt.
 
