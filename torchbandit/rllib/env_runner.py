@@ -21,6 +21,7 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils import metrics as names
 from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.framework import get_device
+from ray.rllib.utils.metrics.stats import MeanStats
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -32,6 +33,13 @@ from torchbandit.rllib.wire import flatten, pack, to_array, unpack
 from torchbandit.train.metrics import reward_metrics, to_host
 
 PLACE = "place"
+
+
+def one_mean(value: float) -> MeanStats:
+    """What RLlib's logger makes of one number that runners' numbers are averaged with."""
+    stats = MeanStats(window=1)
+    stats.push(value)
+    return stats
 
 
 class BanditEnvRunner(EnvRunner, Checkpointable):
@@ -50,9 +58,10 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         self.problem: str | None = None
         self.unscorable = 0.0
         self._shares_module = False
-        self._weights_seq_no = 0
+        self.weights_seq_no = 0
         self._sampled: list[tuple[dict[str, Tensor], Clock]] = []
         self._last: TensorDict | None = None
+        self.learners_weights: dict[str, Tensor] | None = None  # see broadcast.py
         remote = bool(self.worker_index)
         if remote:
             torch.set_num_threads(max(1, int(config.num_cpus_per_env_runner)))
@@ -197,19 +206,21 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         log(names.NUM_EPISODES, rows, reduce="sum")
         log(names.NUM_ENV_STEPS_SAMPLED_LIFETIME, rows, reduce="lifetime_sum", with_throughput=True)
         if not self._shares_module:
-            log(names.WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
+            log(names.WEIGHTS_SEQ_NO, self.weights_seq_no, window=1)
+        means: dict[str, float] = {}
         if self._sampled:
             each = [to_host(numbers) for numbers, _ in self._sampled]
             means = {name: fmean(numbers[name] for numbers in each) for name in each[0]}
-            for name, value in (means | self.env.packing_metrics).items():
-                log(tuple(name.split("/")), value, window=1)
-            log(names.EPISODE_RETURN_MEAN, means["reward"], window=1)
             self.unscorable = means["unscorable"]
+            means |= self.env.packing_metrics | {names.EPISODE_RETURN_MEAN: means["reward"]}
             times = [clock.read() for _, clock in self._sampled]
             for stage in ("generate", "score"):
                 log(("time", f"{stage}_s"), sum(seconds[stage] for seconds in times), reduce="sum")
         self._sampled = []
         reduced: dict[str, Any] = self.metrics.reduce()
+        for name, value in means.items():  # the logger would take each one's mean once more, by numpy: 0.3 ms
+            group, _, last = name.rpartition("/")
+            (reduced.setdefault(group, {}) if group else reduced)[last] = one_mean(value)
         return reduced
 
     # --- state ---------------------------------------------------------------------------------------------------
@@ -245,7 +256,7 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
             return state
         if self._check_component(COMPONENT_RL_MODULE, components, not_components):
             state[COMPONENT_RL_MODULE] = {DEFAULT_MODULE_ID: self.module.get_state()}
-            state[names.WEIGHTS_SEQ_NO] = self._weights_seq_no
+            state[names.WEIGHTS_SEQ_NO] = self.weights_seq_no
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -261,7 +272,7 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
                 if not self.worker_index:
                     raise
                 self.problem = f"ValueError: {error}"  # told by `report` and `sample`; a dead actor tells nothing
-            self._weights_seq_no = state.get(names.WEIGHTS_SEQ_NO, 0)
+            self.weights_seq_no = state.get(names.WEIGHTS_SEQ_NO, 0)
         if PLACE in state and self.env is not None:
             self.go_to(state[PLACE])
         self.num_env_steps_sampled_lifetime = state.get(

@@ -12,13 +12,6 @@ from torchbandit.batch import Reduce, masked_sum
 Metrics = dict[str, float]
 
 
-def mean(value: Tensor, kept: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """Mean of [B] `value` where `kept` [B] is True, over all ranks; 0 where nothing is."""
-    sums = torch.stack((masked_sum(value, kept), kept.sum().float()))
-    total, count = (sums if reduce is None else reduce(sums)).unbind()
-    return total / count.clamp(min=1)
-
-
 def reward_metrics(td: TensorDictBase, group_size: int, reduce: Reduce | None = None) -> dict[str, Tensor]:
     """What `env.step` found, as scalars on the device.
 
@@ -30,21 +23,28 @@ def reward_metrics(td: TensorDictBase, group_size: int, reduce: Reduce | None = 
         truncated, response_length and, with groups, constant_groups.
     """
     scorable = ~td[batch.UNSCORABLE]
-    every = torch.ones_like(scorable)
     reward = td[batch.REWARD].squeeze(-1).float()
-    rows: dict[str, tuple[Tensor, Tensor]] = {"reward": (reward, scorable)}
+    rows: dict[str, Tensor] = {"reward": reward}
     for name, value in td[batch.REWARD_TERMS].items():
-        rows[f"reward_terms/{name}"] = (value, value.isfinite())
-    if "reward_terms/kl" in rows:
-        rows["kl"] = rows["reward_terms/kl"]
-    rows["unscorable"] = (td[batch.UNSCORABLE], every)
-    rows["truncated"] = (td[batch.TRUNCATED].squeeze(-1), every)
-    rows["response_length"] = (td[batch.RESPONSE_MASK].sum(-1), every)
+        rows[f"reward_terms/{name}"] = value
+    rows["unscorable"] = td[batch.UNSCORABLE]
+    rows["truncated"] = td[batch.TRUNCATED].squeeze(-1)
+    rows["response_length"] = td[batch.RESPONSE_MASK].sum(-1)
     if group_size > 1:
-        rows["constant_groups"] = (losses.group_is_constant(reward, group_size, scorable), every)
-    means = {name: mean(value.float(), kept, reduce) for name, (value, kept) in rows.items()}
-    means["reward_std"] = mean((reward - means["reward"]).square(), scorable, reduce).sqrt()
-    return means
+        rows["constant_groups"] = losses.group_is_constant(reward, group_size, scorable)
+    # All means at once: launches of one after the other took most of a millisecond of the host's.
+    values = torch.stack([value.float() for value in rows.values()])
+    kept = values.isfinite()
+    kept[0] = scorable
+    sums = torch.stack((masked_sum(values, kept, -1), kept.sum(-1, dtype=torch.float32)))
+    totals, counts = (sums if reduce is None else reduce(sums)).unbind()
+    counts = counts.clamp(min=1)
+    told = dict(zip(rows, (totals / counts).unbind(), strict=True))
+    squares = masked_sum((reward - told["reward"]).square(), scorable)
+    told["reward_std"] = ((squares if reduce is None else reduce(squares)) / counts[0]).sqrt()
+    if "reward_terms/kl" in told:
+        told["kl"] = told["reward_terms/kl"]
+    return told
 
 
 def to_host(metrics: dict[str, Tensor]) -> Metrics:
