@@ -1,8 +1,8 @@
 """Variable-length attention with its log-sum-exp, forward and backward, as two ops that compilers leave whole.
 
 On CUDA in 16 bits these are our own kernels (kernels.py, kernels_backward.py), which take half the time of torch's
-flash attention on rows of some hundred tokens; with a sliding window, or heads beyond 64, they are torch's. Elsewhere
-it is the same mathematics in padded blocks.
+flash attention on rows of some hundred tokens, for heads up to 64 and of 128; with a sliding window, or other heads,
+they are torch's. Elsewhere it is the same mathematics in padded blocks.
 
 Axis letters: Nq, Nk tokens of queries and keys laid end to end; H heads; K key-value heads; D head size; n segments.
 """
@@ -207,8 +207,8 @@ def _has_kernel(query: Tensor) -> bool:
 
 
 def _has_own_kernel(query: Tensor) -> bool:
-    # At heads of 128 they run too, and nobody has timed them beside torch's.
-    return _has_kernel(query) and query.shape[-1] <= 64
+    # They pad a head to a power of two: one of 65 to 127 would cost as much as one of 128, which torch's does not ask.
+    return _has_kernel(query) and (query.shape[-1] <= 64 or query.shape[-1] == 128)
 
 
 def _weights(
