@@ -53,10 +53,10 @@ class Stage(NamedTuple):
     tiny: tuple[str, ...] = ("--tiny",)
 
 
-def test(name: str, limit: float) -> Stage:
+def test(name: str, limit: float, *needs: str) -> Stage:
     file = f"tests/test_{name}.py"
     short = name.removeprefix("gpu_").replace("_", "-")
-    return Stage(f"test-{short}", ("-m", "pytest", "-q", "-rs", file), limit, ("cuda", "pytest"), ())
+    return Stage(f"test-{short}", ("-m", "pytest", "-q", "-rs", file), limit, ("cuda", "pytest", *needs), ())
 
 
 def bench(what: str, rows: Sequence[str] = (), limit: float = 120, needs: tuple[str, ...] = ()) -> Stage:
@@ -80,6 +80,7 @@ STAGES = (
     script("engines-two", "engines", "--places", "local", "accelerate", "2/2", limit=400,
            needs=("two GPUs", "torchbandit.rllib")),
     bench("rllib", limit=180, needs=("torchbandit.rllib",)), bench("step"),
+    test("gpu_rllib", 150, "torchbandit.rllib"),
     test("gpu_losses", 90), test("gpu_rewards", 90), test("gpu_prompts", 60),
     bench("score", ["rm"]), bench("score", ["ref"], 150), bench("score", ["grad"], 180),
     bench("generate", ["b256", "b1024"], 150), bench("generate", ["ragged"], 90), bench("train", limit=150),

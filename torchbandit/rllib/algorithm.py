@@ -8,13 +8,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from ray.rllib.algorithms.ppo import PPO
-from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils import metrics as names
 
+from torchbandit.rllib.broadcast import Broadcast
 from torchbandit.rllib.env_runner import PLACE, BanditEnvRunner
 from torchbandit.rllib.module import same_algorithms
 from torchbandit.rllib.wire import to_array, to_tensor
@@ -49,6 +49,7 @@ class BanditPPO(PPO):
             raise
 
     def _join_parts(self) -> None:
+        self._broadcast = Broadcast(self.learner_group)
         reports = self._reports(self.env_runner_group)
         for group in (self.env_runner_group, self.eval_env_runner_group):
             runner = None if group is None else group.local_env_runner
@@ -120,7 +121,7 @@ class BanditPPO(PPO):
         learned = time.perf_counter()
         if not self._local:
             with self.metrics.log_time((names.TIMERS, names.SYNCH_WORKER_WEIGHTS_TIMER)):
-                self.env_runner_group.sync_weights(from_worker_or_learner_group=self.learner_group, inference_only=True)
+                self._broadcast(self.env_runner_group)
         # RLlib's timers are moving averages; these are of this iteration.
         self.metrics.log_value(("time", "learn_s"), learned - started, window=1)
         self.metrics.log_value(("time", "sync_s"), time.perf_counter() - learned, window=1)
@@ -207,25 +208,11 @@ class BanditPPO(PPO):
         if restored:
             self._counters["total_num_restored_workers"] += len(restored)
             training = env_runner_group is self.env_runner_group
-            self._send_weights(env_runner_group, restored)
+            self._broadcast.through_store(env_runner_group, restored)
             if training:
                 self._send_places(restored)
             logger.warning("env runner(s) %s are back, with the learner's weights", restored)
         return restored
-
-    def _send_weights(self, group: Any, workers: list[int] | None = None) -> None:
-        """As RLlib's broadcast, but waited for: one that is still under way would have this one dropped."""
-        state = self.learner_group.get_state(
-            components=COMPONENT_LEARNER + "/" + COMPONENT_RL_MODULE, inference_only=True
-        )[COMPONENT_LEARNER]
-        state = {key: state[key] for key in (COMPONENT_RL_MODULE, names.WEIGHTS_SEQ_NO)}
-        if group.local_env_runner is not None:
-            group.local_env_runner.set_state(state)
-        if group.num_remote_env_runners():
-            sent = ray.put(state)
-            group.foreach_env_runner(
-                lambda runner: runner.set_state(ray.get(sent)), remote_worker_ids=workers, local_env_runner=False
-            )
 
     def _send_places(self, workers: list[int] | None = None) -> None:
         places = self._places
@@ -290,7 +277,7 @@ class BanditPPO(PPO):
         super().restore_from_path(_whole(path), *args, **kwargs)
         for group in (self.env_runner_group, self.eval_env_runner_group):
             if group is not None:
-                self._send_weights(group)
+                self._broadcast.through_store(group)
 
 
 def _whole(path: str | Path | None) -> str | Path | None:

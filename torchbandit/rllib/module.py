@@ -114,24 +114,28 @@ class CausalLMModule(TorchRLModule):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """All weights as bits, tied ones once; the runner needs the critic too, so `inference_only` drops nothing."""
-        return {"weights": pack(self._untied())}
+        return {"weights": pack(self.weights())}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Load `get_state()` of the same model, whatever its device; ValueError where names differ."""
         weights = unpack(state["weights"])
-        known = self._untied()
+        known = self.weights()
         if known.keys() != weights.keys():
             odd = sorted(known.keys() ^ weights.keys())
             raise ValueError(
                 f"module state: must hold this model's {len(known)} weights, got {len(weights)}; {odd[0]!r} is in one "
                 "alone; restore with the pretrained model and critic that wrote it"
             )
+        self.copy_weights(weights)
+
+    def copy_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take over the values of `weights()` of the same model, from any device."""
+        known = self.weights()
         with torch.no_grad():
-            for name, tensor in known.items():
-                tensor.copy_(weights[name])
+            torch._foreach_copy_(list(known.values()), [weights[name] for name in known])
         self.num_loads += 1
 
-    def _untied(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """State dict without the second name of a tied weight, which would be sent twice."""
         seen: set[tuple[int, torch.Size]] = set()
         kept: dict[str, torch.Tensor] = {}
