@@ -143,15 +143,15 @@ def group_is_constant(reward: Tensor, group_size: int, scorable: Tensor | None =
         ValueError: group_size is below 1 or does not divide B, or a tensor has the wrong shape or dtype.
     Source: Yu et al. 2025 (DAPO), section 3.2 (dynamic sampling) leaves these groups out.
     """
-    groups, counted = _groups(reward, group_size, scorable)
-    return _constant(groups, counted).expand_as(groups).flatten()
+    counted = _counted(reward, group_size, scorable)
+    return _constant(reward.view(-1, group_size), counted).expand_as(counted).flatten()
 
 
 @torch.no_grad()
 def num_constant_groups(reward: Tensor, group_size: int, scorable: Tensor | None = None) -> Tensor:
     """How many groups `group_is_constant` marks: a scalar int64 tensor on the device. Arguments as there."""
-    groups, counted = _groups(reward, group_size, scorable)
-    return _constant(groups, counted).sum()
+    counted = _counted(reward, group_size, scorable)
+    return _constant(reward.view(-1, group_size), counted).sum()
 
 
 def _check_siblings(group_size: int, name: str) -> None:
@@ -164,6 +164,12 @@ def _check_siblings(group_size: int, name: str) -> None:
 
 def _groups(reward: Tensor, group_size: int, scorable: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rewards and which of them count, both [B / G, G]; a reward that does not count is 0."""
+    counted = _counted(reward, group_size, scorable)
+    return keep(reward.view(-1, group_size), counted), counted
+
+
+def _counted(reward: Tensor, group_size: int, scorable: Tensor | None) -> Tensor:
+    """Which rewards count: [B / G, G]."""
     if reward.dim() != 1:
         raise ValueError(f"reward: must be float32 [B], got {list(reward.shape)}; squeeze the last axis of [B, 1]")
     check_float("reward", reward, reward.shape, reward.device, "one number a response")
@@ -177,11 +183,11 @@ def _groups(reward: Tensor, group_size: int, scorable: Tensor | None) -> tuple[T
         if scorable.shape != reward.shape or scorable.device != reward.device:
             raise ValueError(f"scorable: must be {list(reward.shape)} like reward, got {list(scorable.shape)}")
         counted = counted & scorable
-    return keep(reward, counted).view(-1, group_size), counted.view(-1, group_size)
+    return counted.view(-1, group_size)
 
 
 def _constant(groups: Tensor, counted: Tensor) -> Tensor:
-    """[B / G, 1] bool: the greatest counted reward is not above the least."""
+    """[B / G, 1] bool: the greatest counted reward is not above the least. What does not count may be anything."""
     low = torch.where(counted, groups, torch.inf).amin(-1, keepdim=True)
     high = torch.where(counted, groups, -torch.inf).amax(-1, keepdim=True)
     return high <= low

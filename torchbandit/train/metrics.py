@@ -34,7 +34,7 @@ def reward_metrics(td: TensorDictBase, group_size: int, reduce: Reduce | None = 
         rows["constant_groups"] = losses.group_is_constant(reward, group_size, scorable)
     # All means at once: launches of one after the other took most of a millisecond of the host's.
     values = torch.stack([value.float() for value in rows.values()])
-    kept = values.isfinite()
+    kept = values - values == 0  # isfinite, in half of its launches
     kept[0] = scorable
     sums = torch.stack((masked_sum(values, kept, -1), kept.sum(-1, dtype=torch.float32)))
     totals, counts = (sums if reduce is None else reduce(sums)).unbind()
