@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/generate.py                          # all rows
     python benchmarks/gpu/generate.py --rows b256 b1024        # some
-    python benchmarks/gpu/generate.py --ways usual autotuned   # other ways to run the same step
+    python benchmarks/gpu/generate.py --ways usual autotuned   # the same step run otherwise (decode_ways.py)
     python benchmarks/gpu/generate.py --tiny                   # a smoke test on the CPU
 
 Rows are those of `torchbandit bench generate`, which tells whether outputs are right and how quick whole calls are.
@@ -21,13 +21,13 @@ import argparse
 import functools
 import json
 import re
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch._dynamo
 import torch._inductor.config
+from decode_ways import WAYS, arranged
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
@@ -49,14 +49,6 @@ PARTS = {  # by the names of kernels, or of a CPU's operators; the first that ma
     "rest": r"^triton_(?!tem)", "attention": r"_attention|_join_kernel",
     "draw": r"^_(tile|pick)_kernel|softmax|cumsum|searchsorted",
     "products": r"gemm|nvjet|cutlass|cublas|split_?k|triton_tem|aten::linear|aten::matmul",
-}  # fmt: skip
-WAYS: dict[str, tuple[frozenset[str], dict[str, Any]]] = {  # what a step adds, and Inductor's options
-    "usual": (step.FAST, {}), "plain": (frozenset(), {}), "no combos": (step.FAST - {"combos"}, {}),
-    "layer by layer": (step.FAST - {"layers"}, {}),
-    "cublaslt": (step.FAST, {}),  # products by the other of the card's two libraries
-    "two streams": (step.FAST, {}),  # halves of the batch, so that one's attention may run beside the other's products
-    "early launches": (step.FAST, {"triton.enable_pdl": True}),
-    "autotuned": (step.FAST, {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}),
 }  # fmt: skip
 Intervals = Sequence[tuple[str, float, float]]
 
@@ -194,32 +186,8 @@ def logits_of(engine: Engine, model: Any, rows: int, length: int) -> Tensor:
         (made,) = engine.stepper._graphs.values()
         return made[1].float()
     stand(engine, length)
-    with decode_mode(model):
-        return engine.stepper._logits(model, rows, engine.capacity, True).float()
-
-
-def halves(self: step.Stepper, model: Any, n: int, used: int | None, in_order: bool) -> Tensor:
-    """`Stepper._logits` in two halves on two streams; joining their logits is part of what it costs."""
-    if n == 1:
-        return LOGITS(self, model, n, used, in_order)
-    whole, made = self.lanes, []
-    streams = [None, torch.cuda.Stream() if self.cuda else None]
-    if streams[1] is not None:
-        streams[1].wait_stream(torch.cuda.current_stream())
-    for at, stream in zip((slice(0, n // 2), slice(n // 2, n)), streams, strict=True):
-        state = {name: getattr(whole, name)[at] for name in ("place", "length", "token")}
-        self.lanes = types.SimpleNamespace(device=whole.device, **state)  # type: ignore[assignment]
-        try:
-            with torch.cuda.stream(stream):
-                made.append(LOGITS(self, model, at.stop - at.start, used, in_order and not at.start))
-        finally:
-            self.lanes = whole
-    if streams[1] is not None:
-        torch.cuda.current_stream().wait_stream(streams[1])
-    return torch.cat(made)
-
-
-LOGITS = step.Stepper._logits
+    with decode_mode(model), body.compiled_body(model, engine.cache, backend="eager"):
+        return engine.stepper._logits(model, rows, None, True).float()
 
 
 def row_of(frame: Frame, work: Work, name: str, ways: Sequence[str]) -> dict[str, Any]:
@@ -234,13 +202,8 @@ def row_of(frame: Frame, work: Work, name: str, ways: Sequence[str]) -> dict[str
     for way in ("usual", *(w for w in ways if w != "usual")):
         release(model)
         torch._dynamo.reset()  # what was compiled otherwise
-        step.FAST, options = WAYS[way]
-        step.Stepper._logits = halves if way == "two streams" else LOGITS  # type: ignore[method-assign]
-        library = torch.backends.cuda.preferred_blas_library()
         try:
-            if way == "cublaslt":
-                torch.backends.cuda.preferred_blas_library(way)
-            with torch._inductor.config.patch(options):
+            with arranged(way, frame.cuda), torch._inductor.config.patch(WAYS[way][1]):
                 engine = engine_at(frame, model, rows, P, C)
                 logits = logits_of(engine, model, rows, length)
                 assert engine.stepper.fast == step.FAST, "it fell back"
@@ -258,8 +221,6 @@ def row_of(frame: Frame, work: Work, name: str, ways: Sequence[str]) -> dict[str
                 raise
             found["ways_ms"][way] = f"{type(error).__name__}: {str(error)[:200]}"
         finally:
-            step.FAST, step.Stepper._logits = WAYS["usual"][0], LOGITS  # type: ignore[method-assign]
-            torch.backends.cuda.preferred_blas_library(library)
             engine = None  # type: ignore[assignment]
     release(model)
     torch._dynamo.reset()
@@ -303,7 +264,7 @@ def main() -> None:
     asked = parser.parse_args()
     frame, found = Frame(asked.tiny), dict[str, Any]()
     work = Work(frame)
-    hopes = {name: ["layer by layer", "cublaslt"] for name in ("b256", "b1024")}
+    hopes = {name: ["halves", "halves, split"] for name in ("b256", "b1024")}
     for name in asked.rows:
         found[name] = row_of(frame, work, name, asked.ways or hopes.get(name, []))
     print(json.dumps({"environment": environment() | {"tiny": asked.tiny}, "limits": frame.limits(), "rows": found}))
