@@ -131,7 +131,8 @@ def measure(frame: Frame, policy: str, rows: int, first: float | None) -> float:
     )  # fmt: skip
     line.more["runner over the env, ms"] = over * 1e3
     line.more["RLlib's own over the env, ms"] = (peer.median - both["alone"].median) * 1e3
-    line.more["runner's share of a step in which a tiny model generates, %"] = 100 * over / (real + over)
+    for name, more in (("runner's", over), ("RLlib's own", peer.median - both["alone"].median)):
+        line.more[f"{name} share of a step in which a tiny model generates, %"] = 100 * more / (real + more)
     if first is not None:
         line.more["runner over the env, ms more than with 16 rows"] = over * 1e3 - first
     line.notes.append("RLlib's own runner does more: it keeps an episode object a row and runs its connectors on them")

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from torchbandit.batch import Reduce, masked_whiten
-from torchbandit.losses.inputs import check_float, check_mask, check_tokens, keep
+from torchbandit.losses.inputs import check_float, check_mask, check_tokens, is_finite, keep
 from torchbandit.responses import last_token
 
 
@@ -177,7 +177,7 @@ def _counted(reward: Tensor, group_size: int, scorable: Tensor | None) -> Tensor
         raise ValueError(
             f"group_size: must be a positive divisor of the {reward.shape[0]} rows, got {group_size}; pass whole groups"
         )
-    counted = torch.isfinite(reward)
+    counted = is_finite(reward)
     if scorable is not None:
         check_mask(scorable, num_dims=1)
         if scorable.shape != reward.shape or scorable.device != reward.device:
@@ -188,8 +188,9 @@ def _counted(reward: Tensor, group_size: int, scorable: Tensor | None) -> Tensor
 
 def _constant(groups: Tensor, counted: Tensor) -> Tensor:
     """[B / G, 1] bool: the greatest counted reward is not above the least. What does not count may be anything."""
-    low = torch.where(counted, groups, torch.inf).amin(-1, keepdim=True)
-    high = torch.where(counted, groups, -torch.inf).amax(-1, keepdim=True)
+    out = ~counted
+    low = groups.masked_fill(out, torch.inf).amin(-1, keepdim=True)
+    high = groups.masked_fill(out, -torch.inf).amax(-1, keepdim=True)
     return high <= low
 
 

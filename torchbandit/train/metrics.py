@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchbandit import batch, losses
 from torchbandit.batch import Reduce, masked_sum
+from torchbandit.losses.inputs import is_finite
 
 Metrics = dict[str, float]
 
@@ -34,13 +35,14 @@ def reward_metrics(td: TensorDictBase, group_size: int, reduce: Reduce | None = 
         rows["constant_groups"] = losses.group_is_constant(reward, group_size, scorable)
     # All means at once: launches of one after the other took most of a millisecond of the host's.
     values = torch.stack([value.float() for value in rows.values()])
-    kept = values - values == 0  # isfinite, in half of its launches
+    kept = is_finite(values)
     kept[0] = scorable
     sums = torch.stack((masked_sum(values, kept, -1), kept.sum(-1, dtype=torch.float32)))
     totals, counts = (sums if reduce is None else reduce(sums)).unbind()
     counts = counts.clamp(min=1)
     told = dict(zip(rows, (totals / counts).unbind(), strict=True))
-    squares = masked_sum((reward - told["reward"]).square(), scorable)
+    centred = torch.where(scorable, reward, told["reward"]) - told["reward"]
+    squares = centred.dot(centred)
     told["reward_std"] = ((squares if reduce is None else reduce(squares)) / counts[0]).sqrt()
     if "reward_terms/kl" in told:
         told["kl"] = told["reward_terms/kl"]
