@@ -87,6 +87,26 @@ def test_a_critic_of_its_own_reads_one_value_before_each_token():
     assert_close(policy(td)["values"], values, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("own_critic", [False, True])
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_values_of_generated_siblings_go_through_their_prompt_once(own_critic, group_size, monkeypatch):
+    policy = make_policy(critic=tiny_reward_model("llama") if own_critic else "head", packing=True)
+    td = fake_batch(num_prompts=3, group_size=4).exclude(("tokens", "response"), ("masks", "response"))
+    tokens, plans = [], policy.plans
+
+    def spy(*args, **kwargs):
+        made = plans(*args, **kwargs)
+        tokens.append(made[0].rows.metrics["packing/tokens"])
+        return made
+
+    monkeypatch.setattr(policy, "plans", spy)
+    out = policy.generate(td, group_size=group_size)
+    prompts, responses = (int(out["masks", name].sum()) for name in ("prompt", "response"))
+    assert tokens == [prompts // 4 + responses]
+    assert_close(out["values"], policy.values(out), atol=1e-5, rtol=1e-5)
+    assert tokens[1] == prompts + responses
+
+
 def test_a_policy_without_critic_has_no_values():
     with pytest.raises(ValueError, match='critic="head"'):
         make_policy().values(fake_batch())

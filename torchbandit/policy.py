@@ -123,6 +123,7 @@ class CausalLMPolicy(nn.Module):
             if scored is not None:
                 scoring.prepare(scored)  # the first time; here, and not at building, where RLlib allows no forward pass
         sampling = dataclasses.replace(self.sampling, temperature=0.0) if greedy else self.sampling
+        siblings = _siblings(td) if group_size is None else group_size
         made = generate(
             self.lm,
             td[batch.PROMPT],
@@ -131,7 +132,7 @@ class CausalLMPolicy(nn.Module):
             stop_ids=self.stop_ids,
             pad_id=self.pad_id,
             generator=self.generator if generator is None else generator,
-            group_size=_siblings(td) if group_size is None else group_size,
+            group_size=siblings,
         )
         out: TensorDict = td.copy()
         out.set(batch.RESPONSE, made.tokens)
@@ -140,12 +141,14 @@ class CausalLMPolicy(nn.Module):
         out.set(batch.FINISHED, made.finished)
         out.set(batch.TEMPERATURE, torch.full_like(made.log_probs[:, 0], sampling.temperature or 1.0))
         if self.has_critic:
-            out.set(batch.VALUES, self.values(out))
+            out.set(batch.VALUES, self.values(out, group_size=siblings))
         return out
 
     def values(self, td: TensorDictBase, *, group_size: int = 1) -> Tensor:
         """The critic's value before each response token: [B, T] float32, 0 outside the mask.
 
+        Args:
+            group_size: contiguous siblings, whose prompt is then read once.
         Raises:
             ValueError: the policy was built without a critic.
         """
