@@ -65,12 +65,26 @@ def test_learns(paths: dict[str, str], dtype: str) -> None:
 
 
 def test_results(paths: dict[str, str]) -> None:
-    algo = toy_config(paths["policy"], env_fn=ToyEnv(paths["policy"], kl=0.1)).build_algo()
-    result = algo.train()
+    env_fn = ToyEnv(paths["policy"], kl=0.1, name="low/bytes")
+    algo = toy_config(paths["policy"], env_fn=env_fn, lr=0.0, train_batch_size_per_learner=32).build_algo()
+    env, seen = algo.env_runner.env, list[float]()
+    step = env.step
+
+    def spy(td: Any) -> Any:
+        out = step(td)
+        seen.append(float(out["next", "reward"].mean()))
+        return out
+
+    env.step = spy
+    results = [algo.train() for _ in range(2)]
     algo.stop()
-    sampled, learned = result["env_runners"], result["learners"][DEFAULT_MODULE_ID]
-    assert sampled["num_env_steps_sampled_lifetime"] == 16 and sampled["episode_return_mean"] == sampled["reward"]
-    assert set(sampled["reward_terms"]) == {"prefers_low_bytes", "kl"} and abs(sampled["kl"]) < 1e-4
+    sampled, learned = results[1]["env_runners"], results[1]["learners"][DEFAULT_MODULE_ID]
+    assert [r["env_runners"]["num_env_steps_sampled_lifetime"] for r in results] == [32, 64]
+    assert [r["env_runners"]["num_episodes"] for r in results] == [32, 32]
+    assert sampled["num_agent_steps_sampled"] == {"default_agent": 32}
+    assert sampled["episode_return_mean"] == sampled["reward"] == sampled["reward_terms"]["low/bytes"]
+    assert len(seen) == 4 and sampled["reward"] == pytest.approx((seen[2] + seen[3]) / 2)
+    assert set(sampled["reward_terms"]) == {"low/bytes", "kl"} and abs(sampled["kl"]) < 1e-4
     assert {"reward", "unscorable", "truncated", "response_length"} <= set(sampled)
     assert {"generate_s", "score_s"} == set(sampled["time"])
     assert {"loss/policy", "loss/value", "grad_norm", "skipped_updates"} <= set(learned)

@@ -74,7 +74,8 @@ class Group:
     def __init__(self, *runners: Runner) -> None:
         self.runners = runners
 
-    def foreach_env_runner(self, what: Any) -> list[Any]:
+    def foreach_env_runner(self, what: Any, *, timeout_seconds: float) -> list[Any]:
+        assert timeout_seconds == 60.0
         return [what(runner) for runner in self.runners]
 
 
@@ -104,7 +105,7 @@ def puts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_each_runner_reads_from_the_learner_on_its_gpu(puts: list[Any]) -> None:
     learners = Learner("a", 1.0), Learner("b", 2.0)  # in truth they hold the same; this tells which one was read
     runners = Runner(1, "b"), Runner(2, "a"), Runner(3, "b")
-    send, group = Broadcast(Learners(*learners)), Group(*runners)
+    send, group = Broadcast(Learners(*learners), 60.0), Group(*runners)
     send(group)
     assert [runner.value for runner in runners] == [2.0, 1.0, 2.0] and not puts
     learners[1].lm_module.layer.add_(1)
@@ -116,7 +117,7 @@ def test_each_runner_reads_from_the_learner_on_its_gpu(puts: list[Any]) -> None:
 
 def test_the_others_get_them_through_the_store_written_once(puts: list[Any]) -> None:
     runners = Runner(1, "a"), Runner(2, "c"), Runner(3, None)
-    send = Broadcast(Learners(Learner("a", 1.0), Learner("b", 2.0)))
+    send = Broadcast(Learners(Learner("a", 1.0), Learner("b", 2.0)), 60.0)
     for _ in range(2):
         send(Group(*runners))
     assert [runner.value for runner in runners] == [1.0, 1.0, 1.0]
@@ -125,7 +126,7 @@ def test_the_others_get_them_through_the_store_written_once(puts: list[Any]) -> 
 
 
 def test_a_runner_that_was_started_again_is_introduced(puts: list[Any]) -> None:
-    send = Broadcast(Learners(Learner("a", 1.0)))
+    send = Broadcast(Learners(Learner("a", 1.0)), 60.0)
     send(Group(Runner(1, "a"), Runner(2, "a")))
     fresh = Runner(2, "a")
     send(Group(Runner(1, "a"), fresh))
@@ -140,7 +141,7 @@ def test_where_handles_are_refused_the_store_serves(
         raise RuntimeError("CUDA error: not permitted here")
 
     monkeypatch.setattr(broadcast, "reduce_tensor", refuse if side == "learner" else lambda x: (refuse, (0,) * 8))
-    runner, send = Runner(4, "a"), Broadcast(Learners(Learner("a", 1.0)))
+    runner, send = Runner(4, "a"), Broadcast(Learners(Learner("a", 1.0)), 60.0)
     with caplog.at_level(logging.WARNING, broadcast.logger.name):
         send(Group(runner))
         send(Group(runner))

@@ -18,6 +18,7 @@ WAYS: dict[str, tuple[frozenset[str], dict[str, Any]]] = {  # what a step adds, 
     "layer by layer": (step.FAST - {"layers"}, {}),
     "cublaslt": (step.FAST, {}),  # products by the other of the card's two libraries
     "halves": (step.FAST, {}), "halves, split": (step.FAST, {}),  # see Halves; attention in twice the programs
+    "whole norms": (step.FAST, {"triton.multi_kernel": 2}),  # a row's sum in one go, not in a loop that reads it twice
     "early launches": (step.FAST, {"triton.enable_pdl": True}),
     "autotuned": (step.FAST, {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}),
 }  # fmt: skip

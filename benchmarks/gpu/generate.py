@@ -264,7 +264,7 @@ def main() -> None:
     asked = parser.parse_args()
     frame, found = Frame(asked.tiny), dict[str, Any]()
     work = Work(frame)
-    hopes = {name: ["halves", "halves, split"] for name in ("b256", "b1024")}
+    hopes = {name: ["halves", "halves, split", "whole norms"] for name in ("b256", "b1024")}
     for name in asked.rows:
         found[name] = row_of(frame, work, name, asked.ways or hopes.get(name, []))
     print(json.dumps({"environment": environment() | {"tiny": asked.tiny}, "limits": frame.limits(), "rows": found}))

@@ -49,7 +49,7 @@ class BanditPPO(PPO):
             raise
 
     def _join_parts(self) -> None:
-        self._broadcast = Broadcast(self.learner_group)
+        self._broadcast = Broadcast(self.learner_group, self.config.sample_timeout_s)
         reports = self._reports(self.env_runner_group)
         for group in (self.env_runner_group, self.eval_env_runner_group):
             runner = None if group is None else group.local_env_runner

@@ -43,6 +43,8 @@ def meet(runner: Any, handles: dict[str, Any]) -> str | None:
     The memory stays the learner's, and is gone when that one ends.
     """
     runner.learners_weights = {}
+    if runner.module is None or runner.module.weights().keys() != handles.keys():
+        return None  # what is wrong with it, `set_state` tells
     index = runner.device.index
     try:
         runner.learners_weights = {
@@ -68,10 +70,16 @@ def read(runner: Any, sequence: int) -> bool | None:
 
 
 class Broadcast:
-    """Sends a learner group's weights to the env runners of a group, and waits until they are there."""
+    """Sends a learner group's weights to the env runners of a group, and waits until they are there.
 
-    def __init__(self, learners: Any) -> None:
-        self._learners = learners
+    Args:
+        learners: RLlib's LearnerGroup.
+        timeout_s: for a runner's answer to a call. One that gives none in time takes the weights when it can, before
+            it samples again: an actor's calls keep their order.
+    """
+
+    def __init__(self, learners: Any, timeout_s: float | None) -> None:
+        self._learners, self._timeout_s = learners, timeout_s
 
     def __call__(self, group: Any) -> None:
         """Every runner takes the present weights by the quickest way that it has."""
@@ -80,10 +88,10 @@ class Broadcast:
         def read_weights(runner: Any) -> tuple[int, bool | None]:
             return runner.worker_index, read(runner, sequence)
 
-        answers = dict(group.foreach_env_runner(read_weights))
+        answers = dict(self._each(group, read_weights))
         if None in answers.values():  # new ones, and those that Ray has started again
             self._introduce(group)
-            answers = dict(group.foreach_env_runner(read_weights))
+            answers = dict(self._each(group, read_weights))
         far = [worker for worker, has_read in answers.items() if not has_read]
         if far:
             self.through_store(group, far)
@@ -97,19 +105,23 @@ class Broadcast:
             if workers is None or runner.worker_index in workers:
                 runner.set_state(state)
 
-        group.foreach_env_runner(take)
+        self._each(group, take)
 
     def _introduce(self, group: Any) -> None:
         """Hand each runner the handles of the learner on its GPU, if there is one."""
         cards = self._ask(lambda learner: card(learner._device))
-        for worker, here in group.foreach_env_runner(lambda runner: (runner.worker_index, card(runner.device))):
+        for worker, here in self._each(group, lambda runner: (runner.worker_index, card(runner.device))):
             handles = self._ask(_handles)[cards.index(here)] if here is not None and here in cards else {}
 
             def hand_over(runner: Any, worker: int = worker, handles: dict[str, Any] = handles) -> str | None:
                 return meet(runner, handles) if runner.worker_index == worker else None
 
-            for why in filter(None, group.foreach_env_runner(hand_over)):
+            for why in filter(None, self._each(group, hand_over)):
                 logger.warning("env runner %d takes its learner's weights through the host: %s", worker, why)
+
+    def _each(self, group: Any, what: Callable[[Any], Any]) -> list[Any]:
+        answers: list[Any] = group.foreach_env_runner(what, timeout_seconds=self._timeout_s)
+        return answers
 
     def _ask(self, what: Callable[[Any], Any], *, first: bool = False) -> list[Any]:
         """A call's results on all learners, or on the first of them."""
