@@ -11,7 +11,8 @@ then traced. Parts: products of matrices; attention, with the writing of the new
 (norms, rotations, activations, bookkeeping); gaps, while no kernel runs. Columns, in microseconds a step: traced, and
 in how many launches; alone, the same work recorded by itself; bytes, what it must read at the quickest rate measured;
 limit, the longer of bytes and arithmetic, product by product. Tracing itself costs: the untraced step stands in the
-first line. Ways: the same step run otherwise, its logits compared. Attention and draw with other settings:
+first line. Then a call of one token: the prompts, and what a call costs once. Ways: the same step run otherwise, its
+logits compared. Attention and draw with other settings:
 decode_kernels.py. The last line is JSON.
 """
 
@@ -35,7 +36,7 @@ from torch.profiler import ProfilerActivity
 from torchbandit import generation
 from torchbandit.bench.environment import environment
 from torchbandit.bench.frame import Frame, short
-from torchbandit.bench.generate import Work, step_bytes
+from torchbandit.bench.generate import Work, prompts, step_bytes
 from torchbandit.generation import Sampling, body, fuse, release, step
 from torchbandit.generation.attention import decode_mode
 from torchbandit.generation.engine import Engine
@@ -46,7 +47,7 @@ SHAPES = {  # model, rows, width of prompts, new tokens
     "long": ("410m", 64, 150, 4096),
 }  # fmt: skip
 PARTS = {  # by the names of kernels, or of a CPU's operators; the first that matches
-    "rest": r"^triton_(?!tem)", "attention": r"_attention|_join_kernel",
+    "rest": r"^triton_(?!tem)", "attention": r"_attention|_join_kernel|flash|fmha",
     "draw": r"^_(tile|pick)_kernel|softmax|cumsum|searchsorted",
     "products": r"gemm|nvjet|cutlass|cublas|split_?k|triton_tem|aten::linear|aten::matmul",
 }  # fmt: skip
@@ -215,6 +216,7 @@ def row_of(frame: Frame, work: Work, name: str, ways: Sequence[str]) -> dict[str
             found["ways_ms"][way] = 1e3 * taken.median / num
             if way == "usual":
                 found |= made_of(frame, model, engine, rows, length, num)
+                found["beginning"] = beginning(frame, model, rows, P)
                 report(name, found)
         except Exception as error:  # a way that is not in use may fail
             if way == "usual":
@@ -240,6 +242,23 @@ def made_of(frame: Frame, model: Any, engine: Engine, rows: int, length: int, nu
     return {"traced_ms": sum(part.get("us", 0.0) for part in parts.values()) / 1e3, "parts": parts, "kernels": first}
 
 
+def beginning(frame: Frame, model: Any, rows: int, P: int) -> dict[str, Any]:
+    """A call of one token: the prompts, and all that a call costs once; for siblings of eight each prompt once."""
+    found = {}
+    for siblings in (1, 8 if rows % 8 == 0 else 2):
+        ids, mask = (x[: rows // siblings].repeat_interleave(siblings, 0) for x in prompts(frame, 256, rows, P))
+        call = functools.partial(
+            generation.generate, model, ids, mask, Sampling(1), stop_ids=(), pad_id=0, generator=None,
+            group_size=siblings,
+        )  # fmt: skip
+        ms = 1e3 * frame.time(call, repeats=3).median
+        found[f"groups of {siblings}"] = {
+            "ms": ms,
+            "traced_us": {k: p["us"] for k, p in split(traced(frame, call), 1).items()},
+        }
+    return found
+
+
 def report(name: str, found: dict[str, Any]) -> None:
     taken, limit = found["ways_ms"]["usual"], found["limit_ms"]
     print(
@@ -251,6 +270,8 @@ def report(name: str, found: dict[str, Any]) -> None:
         print(f"  {part:32}" + "".join(f"{row[c]:10.1f}" if c in row else " " * 10 for c in columns))
     for kernel, us in list(found["kernels"].items())[:16]:
         print(f"  {us:10.1f} us  {kernel[:100]}")
+    for groups, row in found["beginning"].items():
+        print(f"  a call of one token, {groups}: {row['ms']:.1f} ms; us traced: {short(row['traced_us'])}")
 
 
 @torch.no_grad()
