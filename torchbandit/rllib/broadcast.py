@@ -109,9 +109,9 @@ class Broadcast:
 
     def _introduce(self, group: Any) -> None:
         """Hand each runner the handles of the learner on its GPU, if there is one."""
-        cards = self._ask(lambda learner: card(learner._device))
         for worker, here in self._each(group, lambda runner: (runner.worker_index, card(runner.device))):
-            handles = self._ask(_handles)[cards.index(here)] if here is not None and here in cards else {}
+            # Anew for each: a handle is opened once. By name: which answer is whose is not told by their order.
+            handles = dict(self._ask(_offer)).get(here, {}) if here is not None else {}
 
             def hand_over(runner: Any, worker: int = worker, handles: dict[str, Any] = handles) -> str | None:
                 return meet(runner, handles) if runner.worker_index == worker else None
@@ -142,5 +142,6 @@ def _put(learner: Any) -> tuple[Any, int]:
     return ray.put(state), int(learner._weights_seq_no)
 
 
-def _handles(learner: Any) -> dict[str, Any]:
-    return handles_of(learner.lm_module.weights())
+def _offer(learner: Any) -> tuple[str | None, dict[str, Any]]:
+    here = card(learner._device)
+    return here, {} if here is None else handles_of(learner.lm_module.weights())
