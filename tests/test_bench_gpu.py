@@ -185,7 +185,7 @@ def test_the_list_names_what_there_is() -> None:
 @pytest.mark.parametrize("script", ["generate", "decode_kernels", "scoring_kernels"])
 def test_the_studies_run(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Tiny, so that they never rot; their own assertions are part of it."""
-    ways = ["--rows", "b256", "long", "--ways", "plain", "halves"] if script == "generate" else []
+    ways = ["--rows", "b256", "long", "--ways", "plain", "no gates"] if script == "generate" else []
     monkeypatch.syspath_prepend(str(GPU))
     monkeypatch.setattr("sys.argv", [script, "--tiny", *ways])
     runpy.run_path(str(GPU / f"{script}.py"), run_name="__main__")
@@ -194,7 +194,7 @@ def test_the_studies_run(script: str, monkeypatch: pytest.MonkeyPatch, capsys: p
         return
     assert set(found["rows"]) == {"b256", "long"}
     for row in found["rows"].values():
-        assert set(row["ways_ms"]) == {"usual", "plain", "halves"}
+        assert set(row["ways_ms"]) == {"usual", "plain", "no gates"}
         assert all(isinstance(ms, float) and ms > 0 for ms in row["ways_ms"].values()), row["ways_ms"]
         for part in ("products", "attention", "draw"):
             figures = row["parts"][part]

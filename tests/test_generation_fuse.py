@@ -64,6 +64,45 @@ def test_fused_generation_equals_transformers(arch: str) -> None:
     assert torch.equal(out.tokens, hf_greedy(model, ids, mask, 24, STOPS))
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gated_generation_equals_transformers(arch: str) -> None:
+    model, (ids, mask) = rehomed(arch), prompts(12)
+    with torch.no_grad():
+        engine = Engine(layer_shapes(model, 64), 5, 64, 24, model.device, dtype=model.dtype, host_bound=False)
+        gates, modules = fuse.gates(decoder_layers(model)), list(model.modules())
+        assert len(gates) == FAMILIES[arch] // 2
+        with fuse.fused(decoder_layers(model), gates):
+            assert sum(isinstance(m, fuse.Gated) for m in model.modules()) == len(gates)
+            assert sum(isinstance(m, fuse.Product) for m in model.modules()) == FAMILIES[arch] // 2
+            out = engine.run(model, ids, mask, Sampling(24, 0), STOPS, 0, None, 1)
+        assert list(model.modules()) == modules
+    assert torch.equal(out.tokens, hf_greedy(model, ids, mask, 24, STOPS))
+
+
+def test_only_what_computes_silu_gates_is_one() -> None:
+    layers = decoder_layers(rehomed())
+    (first, second) = (layer.mlp for layer in layers)
+    first.act_fn = nn.GELU()
+    bounded = type(second).forward
+    try:
+        type(second).forward = lambda self, x: bounded(self, x.clamp(-30, 30))
+        assert fuse.gates(layers) == set(), "a bound that small activations never meet"
+    finally:
+        type(second).forward = bounded
+    assert fuse.gates(layers) == {second}
+    assert fuse.gates(decoder_layers(rehomed(mlp_bias=True))) == set()
+
+
+def test_a_gate_that_has_changed_since_it_was_found_is_left_alone() -> None:
+    layers = decoder_layers(rehomed(num_hidden_layers=4))
+    gates = fuse.gates(layers)
+    layers[0].mlp.register_forward_hook(lambda *_: None)
+    layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+    layers[2].mlp.gate_proj = nn.Sequential(layers[2].mlp.gate_proj)  # as adapters do
+    with fuse.fused(layers, gates):
+        assert [isinstance(layer.mlp, fuse.Gated) for layer in layers] == [False, False, False, True]
+
+
 @pytest.mark.parametrize(("arch", "at_once"), [("llama", 1), ("qwen2", 1), ("llama", 2)])
 def test_layers_compile_once_into_four_products(arch: str, at_once: int) -> None:
     model, cpu, products = rehomed(arch, num_hidden_layers=6), torch.device("cpu"), []
@@ -203,9 +242,9 @@ def test_a_step_that_cannot_be_recorded_fused_is_recorded_plain(monkeypatch: pyt
     monkeypatch.setattr(Stepper, "_rehearse_and_record", record)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     lanes.active.fill_(True)
-    with pytest.warns(UserWarning, match="without combos, layers, products, writes: the compiler would not"):
+    with pytest.warns(UserWarning, match="without combos, gates, layers, products, writes: the compiler would not"):
         made: Any = stepper._record(model, 2)
-    assert made == "recorded" and [len(fast) for fast in tried] == [4, 0]
+    assert made == "recorded" and [len(fast) for fast in tried] == [5, 0]
     assert lanes.place.tolist() == [0, 1, 2, 3] and lanes.active.all()
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton_here import DEVICE
 
-from torchbandit.generation import attention, kernels
+from torchbandit.generation import attention, fuse, gated_kernel, kernels
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
@@ -63,6 +63,23 @@ def test_attention_takes_a_query_of_any_strides() -> None:
     assert strided.stride() != query.stride()
     one, two = (kernels.decode_attention(q, clean, values, lanes, 0.3) for q in (query, strided))
     torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "E", "made"), [(1, 64, 128), (130, 200, 72), (1100, 72, 40), (512, 512, 384)])
+def test_the_gated_product_equals_the_reference(n: int, E: int, made: int, dtype: torch.dtype) -> None:
+    if (DEVICE == "cpu") != (dtype == torch.float32):
+        pytest.skip("the interpreter's dot takes no bfloat16, and the kernel is for 16 bits")
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the kernel is laid out for Hopper")
+    gen = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 1, 2 * E, generator=gen).to(DEVICE, dtype)[..., :E]  # not contiguous
+    weight = (torch.randn(2 * made, E, generator=gen) / E**0.5).to(DEVICE, dtype)
+    whole = fuse.gated_product._init_fn(x.float(), weight.float())
+    mine = gated_kernel.gated_product(x, weight)
+    assert mine.shape == (n, 1, made) and mine.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(mine.float(), whole, rtol=tolerance, atol=tolerance)
 
 
 def drawn(

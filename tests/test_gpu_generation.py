@@ -15,6 +15,9 @@ import torchbandit.generation as generation
 from torchbandit.generation import Generated, Sampling, fuse, generate, release, step
 from torchbandit.generation.cache import layer_shapes
 
+if torch.cuda.is_available():
+    from torchbandit.generation import gated_kernel
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: recorded steps and Triton kernels")
 MANY_STOPS = tuple(range(0, 259, 7))
 
@@ -149,6 +152,24 @@ def test_fast_ways_say_what_the_plain_compiled_step_says(arch: str, monkeypatch:
         assert torch.equal(out.tokens, outs[0].tokens)
         torch.testing.assert_close(out.log_probs, outs[0].log_probs, rtol=1e-3, atol=1e-3)
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper: the gated kernel"
+)
+def test_large_batches_go_through_the_gated_kernel_and_small_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, mask = cuda_case("llama", 640)
+    model = model.bfloat16()
+    used: list[int] = []
+    kernel = gated_kernel.gated_product
+    monkeypatch.setattr(gated_kernel, "gated_product", lambda x, w: (used.append(len(x)), kernel(x, w))[1])
+    out = call(model, ids, mask, Sampling(16), STOPS)
+    assert set(used) <= {640, 512} and len(used) % 2 == 0 and used, used
+    gap = ((out.log_probs - rescore(model, ids, mask, out, 1.0)) * out.mask).abs()
+    assert gap.sum() / out.mask.sum() < 0.05
+    used.clear()
+    call(model, ids[:300], mask[:300], Sampling(4), STOPS)
+    assert not used
 
 
 def test_a_fast_way_that_fails_is_left_and_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@
     lanes.py       the running batch as tensors that move on by themselves
     attention.py   one new token over the cache, no key repeated, no mask paid for; kernels.py: its Triton kernel,
                    and that of the draw
-    fuse.py        q, k and v, and gate and up, as one product each
+    fuse.py        q, k and v, and gate and up, as one product each; gated_kernel.py: gate, up and their activation
     cache.py       keys and values by place
     plain.py       a loop over any transformers causal LM, for what the above cannot take
 """  # fmt: skip

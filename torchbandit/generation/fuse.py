@@ -1,4 +1,5 @@
-"""Projections of one input as one product, for the decode step alone: q, k and v; gate and up.
+"""Projections of one input as one product, for the decode step alone: q, k and v; gate and up, for large batches with
+what follows them up to the last product of their layer.
 
 A step's products are small, and small ones leave most of a card idle. The weights of such siblings are moved once into
 one buffer, end to end, and each parameter becomes a view of its part: same object, shape and values, no second copy.
@@ -8,7 +9,7 @@ So optimizers, checkpoints and the model's own forward go on as before, and an u
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,13 +43,16 @@ def _fit(linears: list[nn.Module]) -> bool:
         weight = linear.weight
         return linear.in_features, weight.dtype, weight.device, linear.bias is None
 
-    if any(type(x) is not nn.Linear or "forward" in x.__dict__ for x in linears):
-        return False
-    if any(x._forward_hooks or x._forward_pre_hooks for x in linears) or len({kind(x) for x in linears}) > 1:  # type: ignore[arg-type]
+    if not all(type(x) is nn.Linear and _plain(x) for x in linears) or len({kind(x) for x in linears}) > 1:  # type: ignore[arg-type]
         return False
     tensors = [tensor for x in linears for tensor in x.parameters(recurse=False)]
     plain = all(type(tensor.data) is Tensor and tensor.is_contiguous() and tensor.numel() for tensor in tensors)
     return plain and len({id(tensor) for tensor in tensors}) == len(tensors)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether nothing has been hung on it that replacing it would lose."""
+    return "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def rehome(layers: Iterable[nn.Module]) -> bool:
@@ -125,25 +129,93 @@ class Part(nn.Module):
         return out
 
 
+@torch.library.custom_op("torchbandit::gated_product", mutates_args=())
+def gated_product(x: Tensor, weight: Tensor) -> Tensor:
+    """silu(x G') * (x U') for x [..., E] and the rows of G and U, weight [2I, E] -> [..., I].
+
+    This is the reference, and what runs off CUDA. Source: Shazeer 2020 (SwiGLU).
+    """
+    gate, up = F.linear(x, weight).chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@gated_product.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+
+
+@gated_product.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    from torchbandit.generation import gated_kernel  # Triton exists with CUDA alone
+
+    return gated_kernel.gated_product(x, weight)
+
+
+class Gated(nn.Module):
+    """Stands in the place of a gated layer; its activations are not rounded before they are multiplied."""
+
+    def __init__(self, weight: Tensor, down: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)  # a view
+        self.down = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(torch.ops.torchbandit.gated_product(x, self.weight))
+        return out
+
+
+def gates(layers: Iterable[nn.Module]) -> set[nn.Module]:
+    """Modules of `layers` that compute down_proj(silu(gate_proj(x)) * up_proj(x)), as a try with numbers of all sizes
+    shows: what a class does with an activation, or a bound on it, its attributes do not tell."""
+    found: set[nn.Module] = set()
+    for family in families(layers):
+        mlp, down, weight = family.parent, family.parent._modules.get("down_proj"), family.linears[0].weight
+        biased = family.linears[0].bias is not None
+        if family.names != SIBLINGS[1] or down is None or biased:
+            continue
+        generator = torch.Generator(weight.device).manual_seed(0)
+        x = torch.randn(5, weight.shape[1], device=weight.device, generator=generator)
+        x = (x * 10.0 ** torch.arange(-2, 3, device=weight.device)[:, None]).to(weight.dtype)
+        gate, up = (linear(x) for linear in family.linears)
+        if torch.equal(mlp(x), down(F.silu(gate) * up)):
+            found.add(mlp)
+    return found
+
+
 @contextlib.contextmanager
-def fused(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block the families that `rehome` has laid end to end run as one product each."""
-    replaced: list[Family] = []
+def fused(layers: Iterable[nn.Module], gated: Container[nn.Module] = ()) -> Iterator[None]:
+    """Inside the block the families that `rehome` has laid end to end run as one product each.
+
+    Args:
+        gated: parents of gate and up (see `gates`) that do so together with their activation.
+    """
+    layers = list(layers)
+    homes = {
+        child: (owner, name)
+        for layer in layers for owner in layer.modules() for name, child in owner._modules.items() if child is not None
+    }  # fmt: skip
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def replace(owner: nn.Module, name: str, module: nn.Module) -> None:
+        replaced.append((owner, name, owner._modules[name]))  # type: ignore[arg-type]
+        owner._modules[name] = module
+
     try:
         for family in list(families(layers)):
-            weight = joined([x.weight for x in family.linears])
+            parent, weight = family.parent, joined([x.weight for x in family.linears])
             biased = family.linears[0].bias is not None
             bias = joined([x.bias for x in family.linears]) if biased else None
             if weight is None or (biased and bias is None):
                 continue
+            if family.names == SIBLINGS[1] and parent in gated and parent in homes and _plain(parent):
+                replace(*homes[parent], Gated(weight, parent._modules["down_proj"]))  # type: ignore[arg-type]
+                continue
             product, start = Product(weight, bias), 0
-            replaced.append(family)
             for name, linear in zip(family.names, family.linears, strict=True):
                 stop = start + linear.out_features
-                family.parent._modules[name] = Part(product, start, stop, name == family.names[-1])
+                replace(parent, name, Part(product, start, stop, name == family.names[-1]))
                 start = stop
         yield
     finally:
-        for family in replaced:
-            for name, linear in zip(family.names, family.linears, strict=True):
-                family.parent._modules[name] = linear
+        for owner, name, module in reversed(replaced):
+            owner._modules[name] = module

@@ -14,7 +14,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchbandit.generation import fuse
@@ -24,11 +24,15 @@ from torchbandit.generation.cache import Cache, Unfit
 from torchbandit.generation.lanes import Lanes, advance
 from torchbandit.generation.sampling import Sampling, draw
 
-FAST: frozenset[str] = frozenset({"combos", "layers", "products", "writes"})
+FAST: frozenset[str] = frozenset({"combos", "gates", "layers", "products", "writes"})
 """What a step adds to the compiled layer: small kernels that do not need each other, such as the rotations of query and
-key, as one; several layers compiled together, so that one's last sum and the next one's norm are a kernel; sibling
-projections as one product (fuse.py); keys and values written by the attention itself. The benchmark times steps with
-less."""
+key, as one; gate, up and their activation as one kernel (fuse.py); several layers compiled together, so that one's last
+sum and the next one's norm are a kernel; sibling projections as one product (fuse.py); keys and values written by the
+attention itself. The benchmark times steps with less."""
+
+GATED_LANES = 512
+"""From so many lanes on gate and up are bound by arithmetic, not by their weights' bytes, and our kernel is the quicker
+way to their activation. It is laid out for Hopper."""
 
 
 class Stepper:
@@ -45,6 +49,7 @@ class Stepper:
         self.host_bound = not self.cuda if host_bound is None else host_bound
         self.fast = FAST
         self.chained = False  # whether layers may be compiled several at a time, as `probe` finds
+        self.gated: set[nn.Module] = set()  # layers' gated parts, as `probe` finds
         self.seed = torch.zeros(1, dtype=torch.int64, device=lanes.device)
         self.inverse_temperature = torch.ones(1, dtype=torch.float32, device=lanes.device)
         self.uniform: Tensor | None = None
@@ -78,6 +83,8 @@ class Stepper:
             with decode_mode(model), watched(decoder_layers(model)) as calls:
                 self._logits(model, 1, 1 if self.host_bound else None, True)
             self.chained = is_chain(calls)
+            if self.cuda and torch.cuda.get_device_capability(self.lanes.device)[0] == 9 and model.dtype.itemsize == 2:
+                self.gated = fuse.gates(decoder_layers(model))
         except (Unfit, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -176,7 +183,8 @@ class Stepper:
 
         graph = torch.cuda.CUDAGraph()
         layers = decoder_layers(model)
-        joint = fuse.fused(layers) if "products" in self.fast else contextlib.nullcontext()
+        gated = self.gated if "gates" in self.fast and n >= GATED_LANES else ()
+        joint = fuse.fused(layers, gated) if "products" in self.fast else contextlib.nullcontext()
         at_once = max(k for k in (1, 2, 3, 4) if len(layers) % k == 0) if self.chained and "layers" in self.fast else 1
         with decode_mode(model), compiled_body(model, self.cache, at_once, combos="combos" in self.fast), joint:
             side = _side_stream(self.lanes.device)
