@@ -23,7 +23,8 @@ from torchbandit.bench.frame import Frame, short
 SETTINGS: tuple[dict[str, int], ...] = ({},) + tuple(
     dict(zip(("block", "warps", "stages", "splits"), setting, strict=False))
     for setting in (
-        (32, 1, 2), (32, 1, 4), (16, 1, 6), (64, 1, 2), (64, 2, 3), (64, 2, 4), (64, 4, 3), (128, 4, 2), (32, 1, 3, 2),
+        (32, 1, 3), (16, 1, 6), (64, 1, 3), (64, 2, 3), (64, 4, 2), (128, 2, 2), (128, 4, 3), (128, 8, 2),
+        (128, 4, 2, 2),
     )
 )  # fmt: skip
 

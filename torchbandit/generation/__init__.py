@@ -8,6 +8,7 @@
     attention.py   one new token over the cache, no key repeated, no mask paid for; kernels.py: its Triton kernel,
                    and that of the draw
     fuse.py        q, k and v, and gate and up, as one product each; gated_kernel.py: gate, up and their activation
+    residual.py    residual sums as part of the products before them
     cache.py       keys and values by place
     plain.py       a loop over any transformers causal LM, for what the above cannot take
 """  # fmt: skip

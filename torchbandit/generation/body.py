@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,12 +55,20 @@ def is_chain(calls: list[tuple[Any, ...]]) -> bool:
     return len(calls) > 0 and isinstance(calls[-1][2], Tensor)
 
 
+def own_forwards(layers: Sequence[nn.Module]) -> tuple[Callable[..., Any], ...]:
+    """The forwards of the layers' classes."""
+    return tuple(type(layer).forward for layer in layers)
+
+
 @contextlib.contextmanager
-def compiled_body(model: PreTrainedModel, cache: Cache, at_once: int = 1, **how: Any) -> Iterator[None]:
+def compiled_body(
+    model: PreTrainedModel, cache: Cache, at_once: int = 1, forwards: Any = own_forwards, **how: Any
+) -> Iterator[None]:
     """Inside the block the decoder layers of `model`, and what stands around them, run compiled.
 
     Args:
         at_once: layers compiled as one, which a model must allow (`is_chain`); it divides their number.
+        forwards: of successive layers what each runs, a function of the layer and of what its forward takes.
         how: see `compiled`.
     """
     # Elementwise kernels as Inductor lays them out for large tensors. Timed against a layout for small ones in the
@@ -77,7 +85,8 @@ def compiled_body(model: PreTrainedModel, cache: Cache, at_once: int = 1, **how:
         for first in range(0, len(layers), at_once):
             some = tuple(layers[first : first + at_once])
             parts = cache.layers[first : first + at_once]
-            some[0].forward = functools.partial(_run_layers, some, cache, parts, how)
+            run = compiled(_chain_of(forwards(some)), **how)
+            some[0].forward = functools.partial(_run_layers, run, some, cache, parts)
             patched.append(some[0])
             for layer in some[1:]:
                 layer.forward = _pass_on
@@ -92,15 +101,18 @@ def compiled_body(model: PreTrainedModel, cache: Cache, at_once: int = 1, **how:
 
 
 def _run_layers(
-    layers: tuple[nn.Module, ...], whole: Cache, parts: list[LayerCache], how: dict[str, Any], *args: Any, **kwargs: Any
+    run: Callable[..., Any],
+    layers: tuple[nn.Module, ...],
+    whole: Cache,
+    parts: list[LayerCache],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     each = [
         (tuple(part if x is whole else x for x in args), {k: part if x is whole else x for k, x in kwargs.items()})
         for part in parts
     ]
-    if len(layers) == 1:
-        return _run(layers[0], how, *each[0][0], **each[0][1])
-    return compiled(_chain_of(tuple(type(layer) for layer in layers)), **how)(layers, each)
+    return run(layers, each)
 
 
 def _pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -125,17 +137,16 @@ def _forward_of(kind: Any) -> Callable[..., Any]:
 
 
 @functools.cache
-def _chain_of(kinds: tuple[Any, ...]) -> Callable[..., Any]:
-    """The forwards of layers of these classes, one after the other."""
-    forwards = tuple(kind.forward for kind in kinds)
+def _chain_of(forwards: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
+    """These forwards, one layer's after the other's."""
 
     def call(layers: tuple[nn.Module, ...], each: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Any:
-        hidden = each[0][0][0]
+        made: tuple[Any, ...] = ()
         for forward, layer, (args, kwargs) in zip(forwards, layers, each, strict=True):
-            hidden = forward(layer, hidden, *args[1:], **kwargs)
-        return hidden
+            made = (forward(layer, *made, *args[len(made) :], **kwargs),)
+        return made[0]
 
-    return _with_own_code(call, f"decode_{len(kinds)}_{kinds[0].__name__}")
+    return _with_own_code(call, f"decode_{len(forwards)}_{forwards[-1].__qualname__.partition('.')[0]}")
 
 
 def _with_own_code(function: Any, name: str) -> Callable[..., Any]:

@@ -43,14 +43,14 @@ def _fit(linears: list[nn.Module]) -> bool:
         weight = linear.weight
         return linear.in_features, weight.dtype, weight.device, linear.bias is None
 
-    if not all(type(x) is nn.Linear and _plain(x) for x in linears) or len({kind(x) for x in linears}) > 1:  # type: ignore[arg-type]
+    if not all(type(x) is nn.Linear and plain(x) for x in linears) or len({kind(x) for x in linears}) > 1:  # type: ignore[arg-type]
         return False
     tensors = [tensor for x in linears for tensor in x.parameters(recurse=False)]
-    plain = all(type(tensor.data) is Tensor and tensor.is_contiguous() and tensor.numel() for tensor in tensors)
-    return plain and len({id(tensor) for tensor in tensors}) == len(tensors)
+    simple = all(type(tensor.data) is Tensor and tensor.is_contiguous() and tensor.numel() for tensor in tensors)
+    return simple and len({id(tensor) for tensor in tensors}) == len(tensors)
 
 
-def _plain(module: nn.Module) -> bool:
+def plain(module: nn.Module) -> bool:
     """Whether nothing has been hung on it that replacing it would lose."""
     return "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
 
@@ -154,13 +154,13 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 class Gated(nn.Module):
     """Stands in the place of a gated layer; its activations are not rounded before they are multiplied."""
 
-    def __init__(self, weight: Tensor, down: nn.Module) -> None:
+    def __init__(self, weight: Tensor, down_proj: nn.Module) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)  # a view
-        self.down = down
+        self.down_proj = down_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(torch.ops.torchbandit.gated_product(x, self.weight))
+        out: Tensor = self.down_proj(torch.ops.torchbandit.gated_product(x, self.weight))
         return out
 
 
@@ -207,7 +207,7 @@ def fused(layers: Iterable[nn.Module], gated: Container[nn.Module] = ()) -> Iter
             bias = joined([x.bias for x in family.linears]) if biased else None
             if weight is None or (biased and bias is None):
                 continue
-            if family.names == SIBLINGS[1] and parent in gated and parent in homes and _plain(parent):
+            if family.names == SIBLINGS[1] and parent in gated and parent in homes and plain(parent):
                 replace(*homes[parent], Gated(weight, parent._modules["down_proj"]))  # type: ignore[arg-type]
                 continue
             product, start = Product(weight, bias), 0

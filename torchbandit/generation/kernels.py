@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_KEYS = 32
-KEYS_STAGES = 3
+KEYS_BYTES = 16_384
+"""Of keys, and again of values, that a program reads at a time: 128 of 64 numbers of 16 bits."""
+PART_KEYS = 128
+"""Fewer are not worth a program."""
 BLOCK_VOCAB = 4096
 """Fixed: a row's sums are added up in one order, so that its draw is the same in every batch."""
 
@@ -28,9 +30,9 @@ def decode_attention(
     new: tuple[Tensor, Tensor] | None = None,
     *,
     splits: int | None = None,
-    block: int = BLOCK_KEYS,
-    warps: int | None = None,
-    stages: int = KEYS_STAGES,
+    block: int | None = None,
+    warps: int = 4,
+    stages: int = 2,
 ) -> Tensor:
     """One new token a lane over its part of the cache.
 
@@ -50,20 +52,17 @@ def decode_attention(
     L = keys.shape[2]
     query, *own = (x if x.stride(3) == 1 else x.contiguous() for x in (query, *(new or ())))
     key, value = own or (query, query)  # not read
-    if query.dtype == torch.float32:
-        stages = min(stages, 2)  # twice the bytes a stage
+    heads, size = max(16, triton.next_power_of_2(H)), max(16, triton.next_power_of_2(D))
+    if block is None:
+        block = min(128, max(16, KEYS_BYTES // (size * query.itemsize)))
     if splits is None:
-        splits = min(triton.cdiv(_programs_wanted(query.device), n * K), max(1, L // (4 * block)), 32)
+        splits = min(triton.cdiv(_programs_wanted(query.device), n * K), max(1, L // PART_KEYS), 32)
     out = torch.empty(n, K, H, D, dtype=query.dtype, device=query.device)
     if splits == 1:
         part, log_sum = out, out  # not written
     else:
         part = torch.empty(n, K, splits, H, D, dtype=torch.float32, device=query.device)
         log_sum = torch.empty(n, K, splits, H, dtype=torch.float32, device=query.device)
-    heads, size = max(16, triton.next_power_of_2(H)), max(16, triton.next_power_of_2(D))
-    if warps is None:
-        # A warp's registers hold 16 x 64 sums well, and exact products, done without tensor cores, need more.
-        warps = 4 if query.dtype == torch.float32 else min(4, max(1, heads * size // 1024))
     _attention_kernel[(n * K, splits)](
         query, keys, values, key, value, lanes, out, part, log_sum, scale * 1.4426950408889634,
         query.stride(0), query.stride(1), query.stride(2), keys.stride(0), keys.stride(1), keys.stride(2),

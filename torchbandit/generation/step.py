@@ -17,18 +17,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from torchbandit.generation import fuse
+from torchbandit.generation import fuse, residual
 from torchbandit.generation.attention import decode_mode
-from torchbandit.generation.body import compiled, compiled_body, decoder_layers, is_chain, watched
+from torchbandit.generation.body import compiled, compiled_body, decoder_layers, is_chain, own_forwards, watched
 from torchbandit.generation.cache import Cache, Unfit
 from torchbandit.generation.lanes import Lanes, advance
 from torchbandit.generation.sampling import Sampling, draw
 
-FAST: frozenset[str] = frozenset({"combos", "gates", "layers", "products", "writes"})
+FAST: frozenset[str] = frozenset({"combos", "gates", "layers", "products", "sums", "writes"})
 """What a step adds to the compiled layer: small kernels that do not need each other, such as the rotations of query and
 key, as one; gate, up and their activation as one kernel (fuse.py); several layers compiled together, so that one's last
-sum and the next one's norm are a kernel; sibling projections as one product (fuse.py); keys and values written by the
-attention itself. The benchmark times steps with less."""
+sum and the next one's norm are a kernel; sibling projections as one product (fuse.py); residual sums as part of the
+products before them (residual.py); keys and values written by the attention itself. The benchmark times steps with
+less."""
 
 GATED_LANES = 512
 """From so many lanes on gate and up are bound by arithmetic, not by their weights' bytes, and our kernel is the quicker
@@ -49,7 +50,8 @@ class Stepper:
         self.host_bound = not self.cuda if host_bound is None else host_bound
         self.fast = FAST
         self.chained = False  # whether layers may be compiled several at a time, as `probe` finds
-        self.gated: set[nn.Module] = set()  # layers' gated parts, as `probe` finds
+        self.gated: set[nn.Module] = set()  # layers' gated parts, and
+        self.two_sums: set[nn.Module] = set()  # layers of two residual sums, as `probe` finds
         self.seed = torch.zeros(1, dtype=torch.int64, device=lanes.device)
         self.inverse_temperature = torch.ones(1, dtype=torch.float32, device=lanes.device)
         self.uniform: Tensor | None = None
@@ -80,11 +82,16 @@ class Stepper:
             Unfit: it does not run; within a compiled step the reason would be harder to tell.
         """
         try:
-            with decode_mode(model), watched(decoder_layers(model)) as calls:
-                self._logits(model, 1, 1 if self.host_bound else None, True)
-            self.chained = is_chain(calls)
+            layers = decoder_layers(model)
+            with decode_mode(model):
+                with watched(layers) as calls:
+                    self._logits(model, 1, 1 if self.host_bound else None, True)
+                self.chained = is_chain(calls)
+                if self.chained:
+                    pairs = zip(layers, calls, strict=True)
+                    self.two_sums = {layer for layer, call in pairs if residual.two_sums(layer, call)}
             if self.cuda and torch.cuda.get_device_capability(self.lanes.device)[0] == 9 and model.dtype.itemsize == 2:
-                self.gated = fuse.gates(decoder_layers(model))
+                self.gated = fuse.gates(layers)
         except (Unfit, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -184,9 +191,14 @@ class Stepper:
         graph = torch.cuda.CUDAGraph()
         layers = decoder_layers(model)
         gated = self.gated if "gates" in self.fast and n >= GATED_LANES else ()
-        joint = fuse.fused(layers, gated) if "products" in self.fast else contextlib.nullcontext()
+        two_sums = self.two_sums if "sums" in self.fast else ()
         at_once = max(k for k in (1, 2, 3, 4) if len(layers) % k == 0) if self.chained and "layers" in self.fast else 1
-        with decode_mode(model), compiled_body(model, self.cache, at_once, combos="combos" in self.fast), joint:
+        with contextlib.ExitStack() as way:
+            way.enter_context(decode_mode(model))
+            if "products" in self.fast:
+                way.enter_context(fuse.fused(layers, gated))
+            forwards = residual.forwards if way.enter_context(residual.summed(layers, two_sums)) else own_forwards
+            way.enter_context(compiled_body(model, self.cache, at_once, forwards, combos="combos" in self.fast))
             side = _side_stream(self.lanes.device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
