@@ -57,6 +57,15 @@ def test_attention_writes_the_new_token_on_its_way(K: int, H: int, D: int, split
     assert torch.equal(keys, clean) and torch.equal(values_too, values), "exactly the lanes' own rows are written"
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_long_lanes_read_in_large_pieces_say_the_same(splits: int) -> None:
+    dtype, setting = (torch.bfloat16, None) if DEVICE == "cuda" else (torch.float32, (128, 4, 2))
+    query, keys, values, lanes, clean = case(5, 2, 4, 64, 700, dtype)
+    mine = kernels.decode_attention(query, keys, values, lanes, 0.21, splits=splits, setting=setting)
+    whole = attention.decode_attention._init_fn(query.float(), clean.float(), values.float(), lanes, 0.21)
+    torch.testing.assert_close(mine.float(), whole, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 def test_attention_takes_a_query_of_any_strides() -> None:
     query, _keys, values, lanes, clean = case(4, 2, 4, 16, 70, torch.float32)
     strided = query.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)

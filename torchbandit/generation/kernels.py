@@ -13,10 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KEYS_BYTES = 16_384
-"""Of keys, and again of values, that a program reads at a time: 128 of 64 numbers of 16 bits."""
 PART_KEYS = 128
-"""Fewer are not worth a program."""
+"""Fewer are not worth a program of their own."""
 BLOCK_VOCAB = 4096
 """Fixed: a row's sums are added up in one order, so that its draw is the same in every batch."""
 
@@ -30,9 +28,7 @@ def decode_attention(
     new: tuple[Tensor, Tensor] | None = None,
     *,
     splits: int | None = None,
-    block: int | None = None,
-    warps: int = 4,
-    stages: int = 2,
+    setting: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """One new token a lane over its part of the cache.
 
@@ -44,6 +40,7 @@ def decode_attention(
         new: the token's own key and value [n, K, 1, D], attended to and written into the cache on the way; None: they
             are there already.
         splits: parts a lane is cut into; None cuts until the card is full.
+        setting: keys read at a time, warps and stages of a program; None takes those that were found best.
     Returns:
         [n, K, H, D], query's dtype.
     Source: Dao et al. 2023 (Flash-Decoding).
@@ -53,10 +50,10 @@ def decode_attention(
     query, *own = (x if x.stride(3) == 1 else x.contiguous() for x in (query, *(new or ())))
     key, value = own or (query, query)  # not read
     heads, size = max(16, triton.next_power_of_2(H)), max(16, triton.next_power_of_2(D))
-    if block is None:
-        block = min(128, max(16, KEYS_BYTES // (size * query.itemsize)))
+    exact = query.dtype == torch.float32
     if splits is None:
         splits = min(triton.cdiv(_programs_wanted(query.device), n * K), max(1, L // PART_KEYS), 32)
+    block, warps, stages = setting or _setting(splits == 1 and L >= 4 * PART_KEYS, heads * size, exact)
     out = torch.empty(n, K, H, D, dtype=query.dtype, device=query.device)
     if splits == 1:
         part, log_sum = out, out  # not written
@@ -67,7 +64,7 @@ def decode_attention(
         query, keys, values, key, value, lanes, out, part, log_sum, scale * 1.4426950408889634,
         query.stride(0), query.stride(1), query.stride(2), keys.stride(0), keys.stride(1), keys.stride(2),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        K=K, H=H, HEADS=heads, D=D, SIZE=size, BLOCK=block, SPLITS=splits, EXACT=query.dtype == torch.float32,
+        K=K, H=H, HEADS=heads, D=D, SIZE=size, BLOCK=block, SPLITS=splits, EXACT=exact,
         APPEND=new is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
@@ -83,6 +80,15 @@ def _programs_wanted(device: torch.device) -> int:
     if device.type != "cuda":
         return 8  # the interpreter, in tests
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _setting(long: bool, sums: int, exact: bool) -> tuple[int, int, int]:
+    """Long lanes that fill the card uncut are read quickest in large pieces; short ones, and parts, in small ones."""
+    if exact:  # twice the bytes a stage, and, without tensor cores, more registers
+        return 32, 4, 2
+    if long and sums == 1024:
+        return 128, 4, 2
+    return 32, min(4, max(1, sums // 1024)), 3  # a warp's registers hold 16 x 64 sums well
 
 
 @triton.jit
