@@ -30,7 +30,7 @@ from transformers import (
 
 import torchbandit.generation as generation
 from torchbandit.generation import Generated, Sampling, generate, release
-from torchbandit.generation.attention import decode_mode
+from torchbandit.generation.attention import decode_attention, decode_mode
 from torchbandit.generation.body import compiled, compiled_body, decoder_layers, is_chain, watched
 from torchbandit.generation.cache import Cache, LayerShape, layer_shapes
 from torchbandit.generation.engine import Engine, bucket
@@ -129,8 +129,7 @@ def test_layers_compile_once_for_any_depth_and_batch(arch: str, at_once: int) ->
         stepper.probe(model)
         assert stepper.chained
         for layer in cache.layers:  # each its own: one that reads another's part is found out
-            layer.keys.normal_()
-            layer.values.normal_()
+            layer.both.normal_()
         with decode_mode(model):
             for n in (8, 12, 6):  # 8 is also the head size, and must not be taken for it
                 lanes.length.copy_(torch.arange(20))
@@ -306,7 +305,7 @@ def test_the_reference_attention_reads_each_lane_to_its_length() -> None:
     gen = seeded()
     query, keys, values = (torch.randn(*shape, generator=gen) for shape in ((3, 2, 4, 8), (5, 2, 16, 8), (5, 2, 16, 8)))
     lanes = torch.tensor([[4, 0], [1, 15], [2, 6]], dtype=torch.int32)
-    out = torch.ops.torchbandit.decode_attention(query, keys, values, lanes.view(3, 1, 1, 2), 0.3)
+    out = decode_attention(query, keys, values, lanes.view(3, 1, 1, 2), 0.3)
     for lane, (place, last) in enumerate(lanes.tolist()):
         k, v = (x[place, :, : last + 1].repeat_interleave(1, 0) for x in (keys, values))
         torch.testing.assert_close(out[lane], F.scaled_dot_product_attention(query[lane], k, v, scale=0.3))

@@ -8,22 +8,26 @@ from torch import Tensor
 from triton_here import DEVICE
 
 from torchbandit.generation import attention, fuse, gated_kernel, kernels
+from torchbandit.generation.cache import keys_and_values
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 
-def case(n: int, K: int, H: int, D: int, L: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def case(n: int, K: int, H: int, D: int, L: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """query, a layer's cache, lanes, and the cache without its NaN: beyond a lane's length nothing is read."""
     gen = torch.Generator().manual_seed(n + L)
-    query, keys, values = (
-        torch.randn(*shape, generator=gen).to(DEVICE, dtype)
-        for shape in ((n, K, H, D), (n + 3, K, L, D), (n + 3, K, L, D))
-    )
+    query, clean = (torch.randn(*x, generator=gen).to(DEVICE, dtype) for x in ((n, K, H, D), (n + 3, L, K, 2, D)))
     place = torch.randperm(n + 2, generator=gen)[:n]
     last = torch.randint(0, L, (n,), generator=gen)
     last[0], last[-1] = 0, L - 1
-    keys[place[0], :, 1:] = float("nan")  # beyond a lane's length nothing is read
+    cache = clean.clone()
+    cache[place[0], 1:] = float("nan")
     lanes = torch.stack((place, last), -1).int().view(n, 1, 1, 2).to(DEVICE)
-    return query, keys, values, lanes, keys.nan_to_num(0.0)
+    return query, cache, lanes, clean
+
+
+def reference(query: Tensor, cache: Tensor, lanes: Tensor) -> Tensor:
+    return attention.decode_attention(query.float(), *keys_and_values(cache.float()), lanes, 0.21)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -32,45 +36,41 @@ def case(n: int, K: int, H: int, D: int, L: int, dtype: torch.dtype) -> tuple[Te
 def test_attention_equals_the_reference(K: int, H: int, D: int, splits: int | None, dtype: torch.dtype) -> None:
     if DEVICE == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter's dot takes no bfloat16")
-    query, keys, values, lanes, clean = case(5, K, H, D, 300, dtype)
-    mine = kernels.decode_attention(query, keys, values, lanes, 0.21, splits=splits)
-    whole = attention.decode_attention._init_fn(query.float(), clean.float(), values.float(), lanes, 0.21)
+    query, cache, lanes, clean = case(5, K, H, D, 300, dtype)
+    mine = kernels.decode_attention(query, *keys_and_values(cache), lanes, 0.21, splits=splits)
+    whole = reference(query, clean, lanes)
     torch.testing.assert_close(mine.float(), whole, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("splits", [1, 3, None])
 @pytest.mark.parametrize(("K", "H", "D"), [(2, 4, 64), (3, 1, 16), (1, 5, 80), (2, 20, 8)])
 def test_attention_writes_the_new_token_on_its_way(K: int, H: int, D: int, splits: int | None) -> None:
-    query, _keys, values, lanes, clean = case(5, K, H, D, 300, torch.float32)
+    query, _, lanes, want = case(5, K, H, D, 300, torch.float32)
     place, last = lanes[:, 0, 0, 0].long(), lanes[:, 0, 0, 1].long()
     joint = torch.randn(5, 1, 2 * K * D, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    new = [x.view(5, 1, K, D).transpose(1, 2) for x in joint.split(K * D, -1)]  # slices of one product
-    keys = clean.clone()
-    keys[place, :, last] = float("nan")  # the old entry is not read
-    for where, x in ((clean, new[0]), (values, new[1])):
-        where[place, :, last] = x[:, :, 0]
-    whole = attention.decode_attention._init_fn(query, clean, values, lanes, 0.21)
-    values_too = values.clone()
-    values_too[place, :, last] = float("nan")
-    mine = kernels.decode_attention(query, keys, values_too, lanes, 0.21, (new[0], new[1]), splits=splits)
-    torch.testing.assert_close(mine, whole, rtol=2e-5, atol=2e-5)
-    assert torch.equal(keys, clean) and torch.equal(values_too, values), "exactly the lanes' own rows are written"
+    key, value = (x.view(5, 1, K, D).transpose(1, 2) for x in joint.split(K * D, -1))  # slices of one product
+    cache = want.clone()
+    cache[place, last] = float("nan")  # the old entry is not read
+    want[place, last] = torch.stack((key, value), -2)[:, :, 0]
+    mine = kernels.decode_attention(query, *keys_and_values(cache), lanes, 0.21, (key, value), splits=splits)
+    torch.testing.assert_close(mine, reference(query, want, lanes), rtol=2e-5, atol=2e-5)
+    assert torch.equal(cache, want), "exactly the lanes' own rows are written"
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_long_lanes_read_in_large_pieces_say_the_same(splits: int) -> None:
     dtype, setting = (torch.bfloat16, None) if DEVICE == "cuda" else (torch.float32, (128, 4, 2))
-    query, keys, values, lanes, clean = case(5, 2, 4, 64, 700, dtype)
-    mine = kernels.decode_attention(query, keys, values, lanes, 0.21, splits=splits, setting=setting)
-    whole = attention.decode_attention._init_fn(query.float(), clean.float(), values.float(), lanes, 0.21)
+    query, cache, lanes, clean = case(5, 2, 4, 64, 700, dtype)
+    mine = kernels.decode_attention(query, *keys_and_values(cache), lanes, 0.21, splits=splits, setting=setting)
+    whole = reference(query, clean, lanes)
     torch.testing.assert_close(mine.float(), whole, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_attention_takes_a_query_of_any_strides() -> None:
-    query, _keys, values, lanes, clean = case(4, 2, 4, 16, 70, torch.float32)
+    query, _, lanes, clean = case(4, 2, 4, 16, 70, torch.float32)
     strided = query.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
     assert strided.stride() != query.stride()
-    one, two = (kernels.decode_attention(q, clean, values, lanes, 0.3) for q in (query, strided))
+    one, two = (kernels.decode_attention(q, *keys_and_values(clean), lanes, 0.3) for q in (query, strided))
     torch.testing.assert_close(one, two)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from torchbandit.bench.environment import environment
 from torchbandit.bench.frame import Frame, short
+from torchbandit.generation.cache import keys_and_values
 
 SETTINGS: tuple[dict[str, Any], ...] = (  # keys read at a time, warps, stages
     {}, *({"setting": each} for each in (
@@ -32,7 +33,8 @@ def attention(frame: Frame, n: int, H: int, L: int, used: int) -> dict[str, floa
     from torchbandit.generation import kernels
 
     query = torch.randn(n, 8, H, 64, device=frame.device, dtype=frame.dtype)
-    keys, values = (torch.randn(n + 1, 8, L, 64, device=frame.device, dtype=frame.dtype) for _ in range(2))
+    both = torch.randn(n + 1, L, 8, 2, 64, device=frame.device, dtype=frame.dtype)
+    keys, values = keys_and_values(both)
     lanes = torch.stack((torch.arange(n), torch.full((n,), used - 1)), -1).int().view(n, 1, 1, 2).to(frame.device)
     sdpa = nn.functional.scaled_dot_product_attention
     torchs = functools.partial(sdpa, query, keys[:n, :, :used], values[:n, :, :used], scale=0.125)

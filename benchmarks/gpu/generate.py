@@ -58,8 +58,7 @@ def engine_at(frame: Frame, model: Any, rows: int, P: int, C: int) -> Engine:
     """An engine of `rows` lanes with room for P + C tokens, its cache full of random keys and values."""
     engine, gen = generation._engine(model, rows, P, Sampling(C)), torch.Generator(frame.device).manual_seed(0)
     for layer in engine.cache.layers:
-        layer.keys.normal_(generator=gen)
-        layer.values.normal_(generator=gen)
+        layer.both.normal_(generator=gen)
     uniform = None if frame.cuda else uniforms(rows, Sampling(C), frame.device, gen)
     engine.stepper.begin(model, uniform, Sampling(C), torch.ones(1, dtype=torch.int64, device=frame.device))
     return engine
@@ -161,7 +160,7 @@ def parts_alone(frame: Frame, model: Any, engine: Engine, n: int, length: int) -
 
     def attend() -> None:
         for layer in engine.cache.layers:
-            torch.ops.torchbandit.append_attention(query, new, new, layer.keys, layer.values, lanes, D**-0.5)
+            torch.ops.torchbandit.append_attention(query, new, new, layer.both, lanes, D**-0.5)
 
     put("attention", attend, generation.bytes_per_place(engine.shapes, length + 1) * n)
     logits = torch.randn(n, model.config.vocab_size, device=frame.device, dtype=frame.dtype)

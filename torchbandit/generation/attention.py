@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from torchbandit.generation.cache import Unfit
+from torchbandit.generation.cache import Unfit, keys_and_values
 
 NAME = "torchbandit_decode"
 
@@ -33,10 +33,10 @@ def attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query [n, heads, 1, D] over key and value [n or S+1, K, L, D] -> [n, 1, heads, D].
+    """query [n, heads, 1, D] over key and value [n, K, L, D] -> [n, 1, heads, D], under an additive mask [n, 1, 1, L].
 
-    `attention_mask` [n, 1, 1, .] is additive where it is float; int32, it holds each lane's place and length, and key
-    and value may be pairs: the new token's [n, K, 1, D], and the cache it is yet to be written to.
+    Where `attention_mask` is int32, [n, 1, 1, 2], it holds each lane's place and length, and key and value are pairs:
+    the new token's [n, K, 1, D], and the cache that it is yet to be written to.
     """
     for name in _CHANGES_RESULT:
         if options.get(name) is not None:
@@ -44,24 +44,20 @@ def attend(
     n, heads, _, size = query.shape
     scale = size**-0.5 if scaling is None else scaling
     if isinstance(key, tuple):
-        (new_key, key), (new_value, value) = key, value
+        (new_key, cache), (new_value, _) = key, value
         K = new_key.shape[1]  # the cache's is a symbol to the compiler
         grouped = query.reshape(n, K, heads // K, size)
-        out = torch.ops.torchbandit.append_attention(grouped, new_key, new_value, key, value, attention_mask, scale)
-        return out.reshape(n, 1, heads, size), None
-    assert isinstance(value, Tensor)
-    grouped = query.reshape(n, key.shape[1], heads // key.shape[1], size)
-    if attention_mask.is_floating_point():
-        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scale)
+        out = torch.ops.torchbandit.append_attention(grouped, new_key, new_value, cache, attention_mask, scale)
     else:
-        out = torch.ops.torchbandit.decode_attention(grouped, key, value, attention_mask, scale)
+        assert isinstance(value, Tensor)
+        grouped = query.reshape(n, key.shape[1], heads // key.shape[1], size)
+        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scale)
     return out.reshape(n, 1, heads, size), None
 
 
 AttentionInterface.register(NAME, attend)
 
 
-@torch.library.custom_op("torchbandit::decode_attention", mutates_args=())
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, scale: float) -> Tensor:
     """query [n, K, heads/K, D]; keys, values [S+1, K, L, D]; lanes [n, 1, 1, 2] int32: place, and length less one.
 
@@ -74,39 +70,25 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, lanes: Tensor,
     ).contiguous()
 
 
-@decode_attention.register_fake
-def _(query: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
-
-
-@decode_attention.register_kernel("cuda")
-def _(query: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, scale: float) -> Tensor:
-    from torchbandit.generation import kernels  # Triton exists with CUDA alone
-
-    return kernels.decode_attention(query, keys, values, lanes, scale)
-
-
-@torch.library.custom_op("torchbandit::append_attention", mutates_args=("keys", "values"))
-def append_attention(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, scale: float
-) -> Tensor:
-    """`decode_attention` that writes the new key and value [n, K, 1, D] to their lanes' places first."""
+@torch.library.custom_op("torchbandit::append_attention", mutates_args=("cache",))
+def append_attention(query: Tensor, key: Tensor, value: Tensor, cache: Tensor, lanes: Tensor, scale: float) -> Tensor:
+    """`decode_attention` over a layer's cache [S+1, L, K, 2, D], the new key and value [n, K, 1, D] written to their
+    lanes' places first."""
     place, last = lanes[:, 0, 0, 0].long(), lanes[:, 0, 0, 1].long()
-    keys[place, :, last] = key[:, :, 0]
-    values[place, :, last] = value[:, :, 0]
-    return decode_attention(query, keys, values, lanes, scale)  # type: ignore[no-any-return]
+    cache[place, last] = torch.stack((key[:, :, 0], value[:, :, 0]), 2)
+    return decode_attention(query, *keys_and_values(cache), lanes, scale)
 
 
 @append_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, cache: Tensor, lanes: Tensor, scale: float) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 @append_attention.register_kernel("cuda")
-def _(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, scale: float) -> Tensor:
-    from torchbandit.generation import kernels
+def _(query: Tensor, key: Tensor, value: Tensor, cache: Tensor, lanes: Tensor, scale: float) -> Tensor:
+    from torchbandit.generation import kernels  # Triton exists with CUDA alone
 
-    return kernels.decode_attention(query, keys, values, lanes, scale, (key, value))
+    return kernels.decode_attention(query, *keys_and_values(cache), lanes, scale, (key, value))
 
 
 @contextlib.contextmanager

@@ -36,7 +36,8 @@ def decode_attention(
     kernel joins the parts. Lengths are read on the device: a short lane costs little beside a long one.
 
     Args:
-        query: [n, K, H, D]; keys, values: [S+1, K, L, D]; lanes: [n, 1, 1, 2] int32: place, and length less one.
+        query: [n, K, H, D]; keys, values: [S+1, K, L, D], of the same strides; lanes: [n, 1, 1, 2] int32: place, and
+            length less one.
         new: the token's own key and value [n, K, 1, D], attended to and written into the cache on the way; None: they
             are there already.
         splits: parts a lane is cut into; None cuts until the card is full.
@@ -47,6 +48,7 @@ def decode_attention(
     """
     n, K, H, D = query.shape
     L = keys.shape[2]
+    assert keys.stride() == values.stride()
     query, *own = (x if x.stride(3) == 1 else x.contiguous() for x in (query, *(new or ())))
     key, value = own or (query, query)  # not read
     heads, size = max(16, triton.next_power_of_2(H)), max(16, triton.next_power_of_2(D))
@@ -102,6 +104,7 @@ def _attention_kernel(
     head = tl.program_id(0) % K
     split = tl.program_id(1)
     place = tl.load(lanes + 2 * lane).to(tl.int64)
+    cache_row = cache_row.to(tl.int64)  # a place may hold more than 2^31 numbers
     last = tl.load(lanes + 2 * lane + 1)
     length = last if APPEND else last + 1  # of what is read from the cache
     span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
@@ -217,7 +220,7 @@ def draw(
     tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
     log_probs = torch.empty(n, dtype=torch.float32, device=logits.device)
     _tile_kernel[(n * tiles,)](
-        logits, inverse_temperature, peaks, sums, logits.stride(0), V, tiles, BLOCK=BLOCK_VOCAB, num_warps=8
+        logits, inverse_temperature, peaks, sums, logits.stride(0), V, tiles, BLOCK=BLOCK_VOCAB, num_warps=4
     )
     _pick_kernel[(n,)](
         logits, row, count, seed, inverse_temperature, peaks, sums, tokens, log_probs, logits.stride(0), V, tiles,

@@ -24,12 +24,11 @@ from torchbandit.generation.cache import Cache, Unfit
 from torchbandit.generation.lanes import Lanes, advance
 from torchbandit.generation.sampling import Sampling, draw
 
-FAST: frozenset[str] = frozenset({"combos", "gates", "layers", "products", "sums", "writes"})
+FAST: frozenset[str] = frozenset({"combos", "gates", "layers", "products", "sums"})
 """What a step adds to the compiled layer: small kernels that do not need each other, such as the rotations of query and
 key, as one; gate, up and their activation as one kernel (fuse.py); several layers compiled together, so that one's last
 sum and the next one's norm are a kernel; sibling projections as one product (fuse.py); residual sums as part of the
-products before them (residual.py); keys and values written by the attention itself. The benchmark times steps with
-less."""
+products before them (residual.py). The benchmark times steps with less."""
 
 GATED_LANES = 512
 """From so many lanes on gate and up are bound by arithmetic, not by their weights' bytes, and our kernel is the quicker
@@ -120,7 +119,7 @@ class Stepper:
     def _logits(self, model: PreTrainedModel, n: int, used: int | None, in_order: bool) -> Tensor:
         lanes = self.lanes
         place, length = lanes.place[:n].clone(), lanes.length[:n].clone()  # no views: their base would be guarded too
-        self.cache.aim(place, length, used, in_order, late=used is None and "writes" in self.fast)
+        self.cache.aim(place, length, used, in_order)
         if used is None:
             mask = torch.stack((place, length), -1).int().view(n, 1, 1, 2)
         else:
