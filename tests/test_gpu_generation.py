@@ -183,7 +183,7 @@ def test_a_fast_way_that_fails_is_left_and_said(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(fuse.Part, "forward", broken)
-    with pytest.warns(UserWarning, match="without combos, layers, products, writes"):
+    with pytest.warns(UserWarning, match="without combos, gates, layers, products, sums"):
         out = call(model, ids, mask, Sampling(20, 0), STOPS)
     assert torch.equal(out.tokens, good.tokens)
 

@@ -70,7 +70,7 @@ def script(name: str, file: str, *argv: str, limit: float, needs: tuple[str, ...
 
 STAGES = (
     test("scoring_kernels", 180), test("scoring_kernels_backward", 180), test("gpu_scoring", 240),
-    test("gpu_generation", 240), test("gpu_quant", 300),
+    test("gpu_generation", 330), test("gpu_quant", 300),
     test("generation_kernels", 240), script("scoring-kernels", "scoring_kernels", limit=240),
     bench("generate", ["exact"], 90), bench("generate", ["long"], 120), bench("generate", ["small"], 60),
     bench("score", ["step"]), bench("score", ["groups"]), bench("score", ["flat"]), bench("score", ["rm7b"], 150),
@@ -80,7 +80,7 @@ STAGES = (
     script("engines-two", "engines", "--places", "local", "accelerate", "2/2", limit=400,
            needs=("two GPUs", "torchbandit.rllib")),
     bench("rllib", limit=180, needs=("torchbandit.rllib",)), bench("step"),
-    test("gpu_rllib", 150, "torchbandit.rllib"),
+    test("gpu_rllib", 240, "torchbandit.rllib"),
     test("gpu_losses", 90), test("gpu_rewards", 90), test("gpu_prompts", 60),
     bench("score", ["rm"]), bench("score", ["ref"], 150), bench("score", ["grad"], 180),
     bench("generate", ["b256", "b1024"], 150), bench("generate", ["ragged"], 90), bench("train", limit=150),
