@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import naive
 import pytest
@@ -14,7 +15,7 @@ from test_scoring_compiled import counter  # noqa: F401 (a fixture)
 from torch._dynamo.utils import counters
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
-from torchbandit.generation.body import compiled_body, decoder_layers
+from torchbandit.generation import body, residual
 from torchbandit.generation.cache import Cache, layer_shapes
 from torchbandit.models import ModelSpec, load_causal_lm, load_reward_model, quantize
 from torchbandit.models.estimate import weight_bytes
@@ -127,12 +128,26 @@ def test_compiled_int8_products_stay_products(kind: str, folders: dict[str, Path
 
 
 @pytest.mark.parametrize("kind", [*ON_CPU, None])
-def test_the_decode_step_is_told_of_int8_too(kind: str | None, folders: dict[str, Path]) -> None:
+def test_the_decode_step_is_told_of_int8_too(
+    kind: str | None, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_causal_lm(ModelSpec(folders["lm"], quantization=kind), "cpu")  # type: ignore[arg-type]
     told = (("pattern_matcher", False),) if kind == "int8" else ()
     told = (*told, ("triton.autotune_pointwise", False))
-    with compiled_body(model, Cache(layer_shapes(model, 8), 2, 8, torch.device("cpu"))):
-        assert {layer.forward.args[-1]["options"] for layer in decoder_layers(model)} == {told}
+    seen: list[Any] = []
+    monkeypatch.setattr(body, "compiled", lambda *_, **how: seen.append(how["options"]))
+    with body.compiled_body(model, Cache(layer_shapes(model, 8), 2, 8, torch.device("cpu"))):
+        assert seen == [told] * len(body.decoder_layers(model))
+
+
+@pytest.mark.parametrize("kind", [*ON_CPU, None])
+def test_quantised_products_are_left_out_of_residual_sums(kind: str | None, folders: dict[str, Path]) -> None:
+    model = load_causal_lm(ModelSpec(folders["lm"], quantization=kind), "cpu")  # type: ignore[arg-type]
+    layers = body.decoder_layers(model)
+    with torch.no_grad(), body.watched(layers) as calls:
+        model(torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+        found = [residual.two_sums(layer, call) for layer, call in zip(layers, calls, strict=True)]
+    assert found == [kind is None] * len(layers)
 
 
 @pytest.mark.parametrize("kind", ON_CPU)

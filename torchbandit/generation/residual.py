@@ -55,7 +55,8 @@ def two_sums(layer: Any, call: tuple[Any, ...]) -> bool:
 
 def _ends_in_product(layer: nn.Module, branch: str, name: str) -> bool:
     end = getattr(getattr(layer, branch, None), name, None)
-    return type(end) is nn.Linear and end._parameters["bias"] is None and plain(end)
+    # A quantised weight may be a tensor of another class in an ordinary layer.
+    return type(end) is nn.Linear and end._parameters["bias"] is None and type(end.weight.data) is Tensor and plain(end)
 
 
 def forwards(layers: Sequence[nn.Module]) -> tuple[Callable[..., Tensor], ...]:
