@@ -49,7 +49,7 @@ SHAPES = {  # model, rows, width of prompts, new tokens
 PARTS = {  # by the names of kernels, or of a CPU's operators; the first that matches
     "rest": r"^triton_(?!tem)", "attention": r"_attention|_join_kernel|flash|fmha",
     "draw": r"^_(tile|pick)_kernel|softmax|cumsum|searchsorted",
-    "products": r"gemm|nvjet|cutlass|cublas|split_?k|triton_tem|aten::linear|aten::matmul",
+    "products": r"gemm|nvjet|cutlass|cublas|split_?k|triton_tem|_gated|aten::linear|aten::matmul",
 }  # fmt: skip
 Intervals = Sequence[tuple[str, float, float]]
 
