@@ -122,6 +122,7 @@ def test_layers_that_add_up_otherwise_are_left_as_they_are() -> None:
     with torch.no_grad():
         call = ((torch.randn(1, 1, 32),), {}, torch.randn(1, 1, 32))
         assert not residual.two_sums(layers[0], call), "another class's idea of the names"
+        assert not residual.two_sums(layers[1].bfloat16(), call), "a sum of another precision than its products"
 
 
 def test_the_sum_is_made_in_place_and_the_weight_is_the_parameter() -> None:

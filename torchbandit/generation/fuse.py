@@ -171,8 +171,8 @@ def gates(layers: Iterable[nn.Module]) -> set[nn.Module]:
     for family in families(layers):
         mlp, down, weight = family.parent, family.parent._modules.get("down_proj"), family.linears[0].weight
         biased = family.linears[0].bias is not None
-        if family.names != SIBLINGS[1] or down is None or biased:
-            continue
+        if family.names != SIBLINGS[1] or down is None or biased or len(weight) % 8 or weight.shape[1] % 8:
+            continue  # the kernel reads and writes pieces of 16 bytes
         generator = torch.Generator(weight.device).manual_seed(0)
         x = torch.randn(5, weight.shape[1], device=weight.device, generator=generator)
         x = (x * 10.0 ** torch.arange(-2, 3, device=weight.device)[:, None]).to(weight.dtype)

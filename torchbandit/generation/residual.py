@@ -40,11 +40,13 @@ def two_sums(layer: Any, call: tuple[Any, ...]) -> bool:
     """Whether a layer is input + attention of its norm, and that + the mlp of its norm, as a call of it shows.
 
     Args:
-        call: (args, kwargs, output); may be made again, in part.
+        call: (args, kwargs, output); may be made again.
     """
     args, kwargs, out = call
     if len(args) != 1 or not all(_ends_in_product(layer, *names) for names in ENDS):
         return False
+    if {args[0].dtype, layer.self_attn.o_proj.weight.dtype, layer.mlp.down_proj.weight.dtype} != {out.dtype}:
+        return False  # a sum of another precision than its products
     try:
         hidden = args[0] + layer.self_attn(hidden_states=layer.input_layernorm(args[0]), **kwargs)[0]
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
