@@ -83,7 +83,7 @@ STAGES = (
     test("gpu_rllib", 240, "torchbandit.rllib"),
     test("gpu_losses", 90), test("gpu_rewards", 90), test("gpu_prompts", 60),
     bench("score", ["rm"]), bench("score", ["ref"], 150), bench("score", ["grad"], 180),
-    bench("generate", ["b256", "b1024"], 150), bench("generate", ["ragged"], 90), bench("train", limit=150),
+    bench("generate", ["b256", "b1024"], 150), bench("generate", ["ragged"], 90), bench("train", limit=240),
     Stage(
         "train-trl", ("-m", "torchbandit", "bench", "train", "--rows", "trl", "--peers", "benchmarks/gpu/trl.yaml"),
         480, ("trl.trainer.grpo_trainer",),
