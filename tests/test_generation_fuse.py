@@ -87,6 +87,8 @@ def test_only_what_computes_silu_gates_is_one() -> None:
     try:
         type(second).forward = lambda self, x: bounded(self, x.clamp(-30, 30))
         assert fuse.gates(layers) == set(), "a bound that small activations never meet"
+        type(second).forward = lambda self, x, more: bounded(self, x) + more
+        assert fuse.gates(layers) == set(), "a call of another kind"
     finally:
         type(second).forward = bounded
     assert fuse.gates(layers) == {second}

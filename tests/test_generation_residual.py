@@ -121,8 +121,24 @@ def test_layers_that_add_up_otherwise_are_left_as_they_are() -> None:
     layers[0].input_layernorm, layers[1].mlp.up_proj = None, Scaled(layers[1].mlp.up_proj)
     with torch.no_grad():
         call = ((torch.randn(1, 1, 32),), {}, torch.randn(1, 1, 32))
+        layers[1].self_attn.o_proj.weight = nn.Parameter(torch.randn(32, 31))
+        assert not residual.two_sums(layers[1], call), "shapes that do not fit"
         assert not residual.two_sums(layers[0], call), "another class's idea of the names"
-        assert not residual.two_sums(layers[1].bfloat16(), call), "a sum of another precision than its products"
+
+
+class Rounded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16()
+
+
+def test_sums_of_another_precision_than_their_products_are_left_as_they_are() -> None:
+    layer = decoder_layers(tiny_lm())[0].bfloat16()
+    layer.input_layernorm, layer.post_attention_layernorm = Rounded(), Rounded()
+    how = {"position_embeddings": (torch.ones(1, 1, 8).bfloat16(), torch.zeros(1, 1, 8).bfloat16())}
+    for dtype, same in ((torch.bfloat16, True), (torch.float32, False)):
+        hidden = torch.randn(1, 1, 32, dtype=dtype)
+        with torch.no_grad():
+            assert residual.two_sums(layer, ((hidden,), how, layer(hidden, **how))) == same
 
 
 def test_the_sum_is_made_in_place_and_the_weight_is_the_parameter() -> None:
