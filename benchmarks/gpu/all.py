@@ -70,7 +70,7 @@ def script(name: str, file: str, *argv: str, limit: float, needs: tuple[str, ...
 
 STAGES = (
     test("scoring_kernels", 180), test("scoring_kernels_backward", 180), test("gpu_scoring", 240),
-    test("gpu_generation", 330), test("gpu_quant", 300),
+    test("gpu_generation", 480), test("gpu_quant", 300),
     test("generation_kernels", 240), script("scoring-kernels", "scoring_kernels", limit=240),
     bench("generate", ["exact"], 90), bench("generate", ["long"], 120), bench("generate", ["small"], 60),
     bench("score", ["step"]), bench("score", ["groups"]), bench("score", ["flat"]), bench("score", ["rm7b"], 150),

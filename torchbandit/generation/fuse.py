@@ -200,28 +200,33 @@ def fused(layers: Iterable[nn.Module], gated: Container[nn.Module] = ()) -> Iter
         child: (owner, name)
         for layer in layers for owner in layer.modules() for name, child in owner._modules.items() if child is not None
     }  # fmt: skip
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    parts: list[tuple[nn.Module, str, nn.Module]] = []
+    for family in families(layers):
+        parent, weight = family.parent, joined([x.weight for x in family.linears])
+        biased = family.linears[0].bias is not None
+        bias = joined([x.bias for x in family.linears]) if biased else None
+        if weight is None or (biased and bias is None):
+            continue
+        if family.names == SIBLINGS[1] and parent in gated and parent in homes and plain(parent):
+            parts.append((*homes[parent], Gated(weight, parent._modules["down_proj"])))  # type: ignore[arg-type]
+            continue
+        product, start = Product(weight, bias), 0
+        for name, linear in zip(family.names, family.linears, strict=True):
+            stop = start + linear.out_features
+            parts.append((parent, name, Part(product, start, stop, name == family.names[-1])))
+            start = stop
+    with swapped(parts):
+        yield
 
-    def replace(owner: nn.Module, name: str, module: nn.Module) -> None:
-        replaced.append((owner, name, owner._modules[name]))  # type: ignore[arg-type]
-        owner._modules[name] = module
 
+@contextlib.contextmanager
+def swapped(parts: Sequence[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
+    """Inside the block each module stands in its owner's place of that name, and as before after it."""
+    before = [owner._modules[name] for owner, name, _ in parts]
     try:
-        for family in list(families(layers)):
-            parent, weight = family.parent, joined([x.weight for x in family.linears])
-            biased = family.linears[0].bias is not None
-            bias = joined([x.bias for x in family.linears]) if biased else None
-            if weight is None or (biased and bias is None):
-                continue
-            if family.names == SIBLINGS[1] and parent in gated and parent in homes and plain(parent):
-                replace(*homes[parent], Gated(weight, parent._modules["down_proj"]))  # type: ignore[arg-type]
-                continue
-            product, start = Product(weight, bias), 0
-            for name, linear in zip(family.names, family.linears, strict=True):
-                stop = start + linear.out_features
-                replace(parent, name, Part(product, start, stop, name == family.names[-1]))
-                start = stop
+        for owner, name, module in parts:
+            owner._modules[name] = module
         yield
     finally:
-        for owner, name, module in reversed(replaced):
-            owner._modules[name] = module
+        for (owner, name, _), was in zip(parts, before, strict=True):
+            owner._modules[name] = was

@@ -6,13 +6,13 @@ Axis letters: n lanes, E features read, I features made.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from torchbandit.generation.kernels import processors
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64
 """Of a tile: so many lanes, features made and features read at a time."""
@@ -27,20 +27,13 @@ def gated_product(x: Tensor, weight: Tensor) -> Tensor:
     n, E, made = len(flat), flat.shape[1], len(weight) // 2
     out = torch.empty(n, made, dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(n, ROWS) * triton.cdiv(made, COLUMNS)
-    _gated_kernel[(min(tiles, _processors(x.device)),)](
+    _gated_kernel[(min(tiles, processors(x.device)),)](
         TensorDescriptor.from_tensor(flat, [ROWS, DEPTH]),
         TensorDescriptor.from_tensor(weight.view(2, made, E), [2, COLUMNS, DEPTH]),
         TensorDescriptor.from_tensor(out, [ROWS, COLUMNS]), n, made, E,
         ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8, num_stages=4,
     )  # fmt: skip
     return out.view(*x.shape[:-1], made)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 3  # the interpreter, in tests
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

@@ -54,7 +54,7 @@ def decode_attention(
     heads, size = max(16, triton.next_power_of_2(H)), max(16, triton.next_power_of_2(D))
     exact = query.dtype == torch.float32
     if splits is None:
-        splits = min(triton.cdiv(_programs_wanted(query.device), n * K), max(1, L // PART_KEYS), 32)
+        splits = min(triton.cdiv(8 * processors(query.device), n * K), max(1, L // PART_KEYS), 32)
     block, warps, stages = setting or _setting(splits == 1 and L >= 4 * PART_KEYS, heads * size, exact)
     out = torch.empty(n, K, H, D, dtype=query.dtype, device=query.device)
     if splits == 1:
@@ -78,10 +78,11 @@ def decode_attention(
 
 
 @functools.cache
-def _programs_wanted(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """How many a card has."""
     if device.type != "cuda":
-        return 8  # the interpreter, in tests
-    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+        return 3  # the interpreter, in tests
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _setting(long: bool, sums: int, exact: bool) -> tuple[int, int, int]:

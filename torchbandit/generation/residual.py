@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchbandit.generation.fuse import plain
+from torchbandit.generation.fuse import plain, swapped
 
 ENDS = (("self_attn", "o_proj"), ("mlp", "down_proj"))
 
@@ -86,14 +86,6 @@ def summed(layers: Iterable[nn.Module], found: Container[nn.Module]) -> Iterator
     (see `two_sums`), or has changed."""
     layers = list(layers)
     ready = all(layer in found and all(_ends_in_product(layer, *names) for names in ENDS) for layer in layers)
-    replaced = []
-    try:
-        for layer in layers if ready else ():
-            for branch, name in ENDS:
-                parent: nn.Module = getattr(layer, branch)
-                replaced.append((parent, name, parent._modules[name]))
-                parent._modules[name] = End(getattr(parent, name).weight)
+    branches = [(getattr(layer, branch), name) for layer in layers for branch, name in ENDS] if ready else []
+    with swapped([(branch, name, End(getattr(branch, name).weight)) for branch, name in branches]):
         yield ready
-    finally:
-        for parent, name, module in replaced:
-            parent._modules[name] = module
