@@ -11,40 +11,61 @@ Three habits hold throughout:
 """
 
 from torchbandit.losses.advantages import (
+    Baseline,
+    Scale,
+    best_of_group,
     gae,
+    group_advantages,
     group_is_constant,
     grpo_advantages,
     num_constant_groups,
     ppo_advantages,
+    returns_to_go,
     rloo_advantages,
 )
 from torchbandit.losses.objectives import (
-    Loss,
     add_up,
     entropy_bonus,
     grpo_loss,
+    kl_loss,
+    likelihood_loss,
     ppo_loss,
     ptx_loss,
     rloo_loss,
     value_loss,
 )
-from torchbandit.losses.ratios import KLEstimator, importance_weights, kl_estimate
+from torchbandit.losses.ratios import KLEstimator, LossKLEstimator, importance_weights, kl_estimate
+from torchbandit.losses.surrogate import MAX_LOG_RATIO, ClipAs, Loss, Mean, Ratio, average, policy_loss
 
 __all__ = [
+    "MAX_LOG_RATIO",
+    "Baseline",
+    "ClipAs",
     "KLEstimator",
     "Loss",
+    "LossKLEstimator",
+    "Mean",
+    "Ratio",
+    "Scale",
     "add_up",
+    "average",
+    "best_of_group",
     "entropy_bonus",
     "gae",
+    "group_advantages",
     "group_is_constant",
     "grpo_advantages",
     "grpo_loss",
     "importance_weights",
     "kl_estimate",
+    "kl_loss",
+    "likelihood_loss",
     "num_constant_groups",
+    "policy_loss",
     "ppo_advantages",
     "ppo_loss",
     "ptx_loss",
+    "returns_to_go",
     "rloo_advantages",
     "rloo_loss",
     "value_loss",

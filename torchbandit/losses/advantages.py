@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -76,55 +78,130 @@ def ppo_advantages(
 
 
 @torch.no_grad()
-def rloo_advantages(reward: Tensor, group_size: int, scorable: Tensor | None = None) -> Tensor:
-    """Reward less the mean reward of the other responses to the same prompt.
+def returns_to_go(reward: Tensor, token_reward: Tensor | None, mask: Tensor) -> Tensor:
+    """What each token still brings in: the sum of the token rewards from it on.
 
     Args:
-        reward: [B] float32; siblings of a prompt are contiguous.
-        group_size: G, at least 2.
-        scorable: [B] bool, the rows that count; None: all. Rows whose reward is not finite never count.
+        reward: [B, 1] float32, on every token where there is no token_reward.
+        token_reward: [B, T] float32 or None. mask: [B, T] bool, right-padded.
     Returns:
-        [B] float32 without gradient; 0 for rows that do not count, and where no sibling is left to compare with.
-        Groups whose rewards are all equal get exactly 0.
-    Raises:
-        ValueError: group_size is below 2 or does not divide B, or a tensor has the wrong shape or dtype.
-    Source: Ahmadian et al. 2024 (Back to Basics), the RLOO estimator; first in Kool et al. 2019.
+        [B, T] float32 without gradient, 0 outside the mask.
+    Source: Hu 2025 (REINFORCE++), eq. 7, with the KL of each token in its reward.
     """
-    _check_siblings(group_size, "rloo_advantages")
-    groups, counted = _groups(reward, group_size, scorable)
-    count = counted.sum(-1, keepdim=True)
-    centred = _centred(groups, counted, count)
-    # r_i - sum_{j != i} r_j / (n - 1) = n / (n - 1) * (r_i - mean)
-    return (centred * count / (count - 1).clamp(min=1)).flatten()
+    if token_reward is None:
+        return keep(reward.expand_as(mask), mask)
+    kept = keep(token_reward, mask)
+    return keep(kept.flip(-1).cumsum(-1).flip(-1), mask)
+
+
+Baseline = Literal["mean", "leave_one_out", "none"]
+Scale = Literal["group", "batch", "none"]
 
 
 @torch.no_grad()
-def grpo_advantages(
-    reward: Tensor, group_size: int, *, scale: bool = True, scorable: Tensor | None = None, eps: float = 1e-6
+def group_advantages(
+    reward: Tensor,
+    group_size: int,
+    *,
+    baseline: Baseline = "mean",
+    scale: Scale = "group",
+    scorable: Tensor | None = None,
+    reduce: Reduce | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
-    """Reward less the group's mean, over the group's standard deviation.
+    """Reward less a baseline made of the group, over a standard deviation.
 
     Args:
         reward: [B] float32; siblings of a prompt are contiguous.
-        group_size: G, at least 2: alone, a response would always get 0.
-        scale: divide by the standard deviation (over n - 1) of the group; False is Dr. GRPO.
+        group_size: G, at least 2 with a baseline or the group's deviation.
+        baseline: "mean": the group's mean; "leave_one_out": the mean of the other siblings; "none": 0.
+        scale: "group": over the group's deviation; "batch": over that of all rewards of the batch; "none": as it is.
+            Deviations are over n - 1.
         scorable: [B] bool, the rows that count; None: all. Rows whose reward is not finite never count.
-        eps: added to the standard deviation.
+        reduce: sums over processes, for scale="batch".
+        eps: added to the deviation.
     Returns:
         [B] float32 without gradient; 0 for rows that do not count, and where no sibling is left to compare with.
-        Groups whose rewards are all equal get exactly 0.
+        Groups whose rewards are all equal get exactly 0 where there is a baseline.
     Raises:
-        ValueError: group_size is below 2 or does not divide B, or a tensor has the wrong shape or dtype.
-    Source: Shao et al. 2024 (DeepSeekMath), section 4.1.2; Liu et al. 2025 (Dr. GRPO), section 3.2, for `scale=False`.
+        ValueError: an unknown choice, group_size is too small or does not divide B, or a tensor has the wrong shape
+            or dtype.
+    Source: Shao et al. 2024 (DeepSeekMath), section 4.1.2; Ahmadian et al. 2024 (Back to Basics) for "leave_one_out";
+        Liu et al. 2025 (Dr. GRPO), section 3.2, for scale="none"; Hu 2025 (REINFORCE++) for "batch".
     """
-    _check_siblings(group_size, "grpo_advantages")
+    check_advantage_choices(baseline=baseline, scale=scale)
+    if baseline != "none" or scale == "group":
+        _check_siblings(group_size, "group_advantages")
     groups, counted = _groups(reward, group_size, scorable)
     count = counted.sum(-1, keepdim=True)
     centred = _centred(groups, counted, count)
-    if scale:
+    out = groups if baseline == "none" else centred
+    if baseline == "leave_one_out":  # r_i - sum_{j != i} r_j / (n - 1) = n / (n - 1) * (r_i - mean)
+        out = centred * count / (count - 1).clamp(min=1)
+    if scale == "group":
         variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + eps)
-    return centred.flatten()
+        out = out / (variance.sqrt() + eps)
+    elif scale == "batch":
+        out = out / (_batch_deviation(groups, counted, reduce) + eps)
+    return out.flatten()
+
+
+def check_advantage_choices(*, baseline: str, scale: str) -> None:
+    """ValueError for a choice that there is not."""
+    for name, value, kind in (("baseline", baseline, Baseline), ("scale", scale, Scale)):
+        if value not in get_args(kind):
+            raise ValueError(f"{name}: must be {' or '.join(map(repr, get_args(kind)))}, got {value!r}")
+
+
+def rloo_advantages(reward: Tensor, group_size: int, scorable: Tensor | None = None) -> Tensor:
+    """Reward less the mean reward of the other responses to the same prompt (see group_advantages).
+
+    Source: Ahmadian et al. 2024 (Back to Basics), the RLOO estimator; first in Kool et al. 2019.
+    """
+    _check_siblings(group_size, "rloo_advantages")
+    return group_advantages(reward, group_size, baseline="leave_one_out", scale="none", scorable=scorable)
+
+
+def grpo_advantages(
+    reward: Tensor, group_size: int, *, scale: bool = True, scorable: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """Reward less the group's mean, over the group's standard deviation (see group_advantages).
+
+    Args:
+        scale: divide by the standard deviation; False is Dr. GRPO.
+    Source: Shao et al. 2024 (DeepSeekMath), section 4.1.2; Liu et al. 2025 (Dr. GRPO), section 3.2, for `scale=False`.
+    """
+    _check_siblings(group_size, "grpo_advantages")
+    return group_advantages(reward, group_size, scale="group" if scale else "none", scorable=scorable, eps=eps)
+
+
+@torch.no_grad()
+def best_of_group(
+    reward: Tensor, group_size: int, *, best: int = 1, threshold: float | None = None, scorable: Tensor | None = None
+) -> Tensor:
+    """The responses that best-of-n fine-tuning learns from.
+
+    Args:
+        reward: [B] float32; siblings of a prompt are contiguous.
+        group_size: G.
+        best: how many of each group; of equal rewards the first siblings are taken.
+        threshold: take those with at least this reward in place of the best; None: the best.
+        scorable: [B] bool, the rows that count; None: all. Rows whose reward is not finite never count.
+    Returns:
+        [B] bool.
+    Raises:
+        ValueError: best is not in 1..group_size, or a tensor has the wrong shape or dtype.
+    Source: Dong et al. 2023 (RAFT), algorithm 1; Anthony et al. 2017 (expert iteration), for the threshold.
+    """
+    counted = _counted(reward, group_size, scorable)
+    if threshold is not None:
+        return (counted & (reward.view(-1, group_size) >= threshold)).flatten()
+    if not 1 <= best <= group_size:
+        raise ValueError(f"best: must be 1 to group_size={group_size}, got {best}")
+    groups = reward.view(-1, group_size).masked_fill(~counted, -torch.inf)
+    order = groups.argsort(dim=-1, descending=True, stable=True)[:, :best]
+    chosen = torch.zeros_like(counted).scatter_(-1, order, True)
+    return (chosen & counted).flatten()
 
 
 @torch.no_grad()
@@ -192,6 +269,15 @@ def _constant(groups: Tensor, counted: Tensor) -> Tensor:
     low = groups.masked_fill(out, torch.inf).amin(-1, keepdim=True)
     high = groups.masked_fill(out, -torch.inf).amax(-1, keepdim=True)
     return high <= low
+
+
+def _batch_deviation(groups: Tensor, counted: Tensor, reduce: Reduce | None) -> Tensor:
+    """Standard deviation over all rewards that count, of all processes: a scalar."""
+    moments = torch.stack((counted.sum().to(groups.dtype), groups.sum()))
+    count, total = (moments if reduce is None else reduce(moments)).unbind()
+    squares = keep(groups - total / count.clamp(min=1), counted).square().sum()
+    squares = squares if reduce is None else reduce(squares)
+    return (squares / (count - 1).clamp(min=1)).sqrt()
 
 
 def _centred(groups: Tensor, counted: Tensor, count: Tensor) -> Tensor:

@@ -1,20 +1,18 @@
-"""What is minimised: PPO, value, RLOO, GRPO, ptx, entropy. (B, T: see batch.py.)
+"""What is minimised: PPO, value, RLOO, GRPO, KL, likelihood, ptx, entropy. (B, T: see batch.py.)
 
 Each returns (loss, metrics): a scalar with gradient, and scalars without, all over the same denominator.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from torchbandit.losses.inputs import check_float, check_tokens, keep, share
-from torchbandit.losses.ratios import kl_estimate
-
-Loss = tuple[Tensor, dict[str, Tensor]]
+from torchbandit.losses.ratios import LossKLEstimator, kl_estimate
+from torchbandit.losses.surrogate import MAX_LOG_RATIO, Loss, Mean, average, per_token, policy_loss, usable
 
 
 def add_up(parts: Mapping[str, Loss], coefs: Mapping[str, float] | None = None) -> Loss:
@@ -35,6 +33,7 @@ def ppo_loss(
     *,
     clip: float = 0.2,
     clip_high: float | None = None,
+    dual_clip: float | None = None,
     weights: Tensor | None = None,
     denominator: Tensor | float | None = None,
 ) -> Loss:
@@ -47,6 +46,7 @@ def ppo_loss(
         mask: [B, T] bool, the tokens to learn from.
         clip: how far the ratio counts below 1, and above it.
         clip_high: how far above, where that differs (clip-higher).
+        dual_clip: c > 1: where the advantage is negative, the surrogate is at least c A; None: without bound.
         weights: [B, T] float32, a factor for each token (see importance_weights).
         denominator: what the sum over tokens is divided by; None: the number of tokens in the mask.
     Returns:
@@ -56,15 +56,11 @@ def ppo_loss(
         ValueError: clip or clip_high is not positive, or shapes, dtypes or devices differ.
     Source: Schulman et al. 2017 (PPO), eq. 7; Yu et al. 2025 (DAPO), eq. 10, for clip_high.
     """
-    check_tokens(mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, weights=weights)
-    bounds = _log_bounds(clip, clip_high)
-    per_token, is_clipped, log_ratio = _clipped_surrogate(
-        log_probs, old_log_probs, keep(advantages, mask), mask, bounds
-    )
-    if weights is not None:
-        per_token = per_token * keep(weights, mask)
-    num_tokens = mask.sum()
-    return share(per_token.sum(), denominator, num_tokens), _drift(log_ratio, is_clipped, denominator, num_tokens)
+    check_tokens(mask, advantages=advantages)
+    return policy_loss(
+        log_probs, old_log_probs, advantages, mask,
+        clip=clip, clip_high=clip_high, dual_clip=dual_clip, weights=weights, denominator=denominator,
+    )  # fmt: skip
 
 
 def value_loss(
@@ -143,20 +139,12 @@ def rloo_loss(
         ValueError: clip is not positive, or shapes, dtypes or devices differ.
     Source: Ahmadian et al. 2024 (Back to Basics), the RLOO estimator: responses, not tokens, are the actions.
     """
-    check_tokens(mask, log_probs=log_probs, old_log_probs=old_log_probs, weights=weights)
+    check_tokens(mask, log_probs=log_probs)
     check_float("advantages", advantages, mask.shape[:1], mask.device, "the rows of mask")
-    low, high = (-math.inf, math.inf) if clip is None else _log_bounds(clip, clip_high)
-    has_tokens = mask.any(-1)
-    log_probs, advantages = keep(log_probs, mask), keep(advantages, has_tokens)
-    with torch.no_grad():
-        old = log_probs if old_log_probs is None else keep(old_log_probs, mask)
-        log_ratio = (log_probs - old).sum(-1)
-        is_clipped = torch.where(advantages < 0, log_ratio < low, log_ratio > high) & (advantages != 0)
-        factor = torch.where(is_clipped | (advantages == 0), 0.0, advantages * log_ratio.exp())
-    weighted = log_probs if weights is None else log_probs * keep(weights, mask)
-    num_rows = has_tokens.sum()
-    loss = share(-(factor * weighted.sum(-1)).sum(), denominator, num_rows)
-    return loss, _drift(log_ratio, is_clipped, denominator, num_rows)
+    return policy_loss(
+        log_probs, old_log_probs, advantages, mask, ratio="product", clip_as="mask", mean="sum",
+        clip=clip, clip_high=clip_high, weights=weights, denominator=denominator,
+    )  # fmt: skip
 
 
 def grpo_loss(
@@ -193,24 +181,88 @@ def grpo_loss(
         ValueError: kl_coef without ref_log_probs, clip not positive, or shapes, dtypes or devices differ.
     Source: Shao et al. 2024 (DeepSeekMath), eq. 3 and 4; Liu et al. 2025 (Dr. GRPO), section 3.2.
     """
-    check_tokens(mask, log_probs=log_probs, old_log_probs=old_log_probs, weights=weights, ref_log_probs=ref_log_probs)
+    check_tokens(mask, log_probs=log_probs, ref_log_probs=ref_log_probs)
     check_float("advantages", advantages, mask.shape[:1], mask.device, "the rows of mask")
     if kl_coef and ref_log_probs is None:
         raise ValueError(f"ref_log_probs: needed for kl_coef={kl_coef}, got None; pass them, or kl_coef=0")
-    per_row = keep(advantages.unsqueeze(-1).expand_as(mask), mask)
-    bounds = _log_bounds(clip, clip_high)
-    per_token, is_clipped, log_ratio = _clipped_surrogate(log_probs, old_log_probs, per_row, mask, bounds)
-    if weights is not None:
-        per_token = per_token * keep(weights, mask)
-    lengths = mask.sum(-1, keepdim=True).clamp(min=1) if sequence_mean else mask.shape[1]
-    num_rows = mask.any(-1).sum()
-    metrics = _drift(log_ratio, is_clipped, denominator, num_rows, lengths)
-    if ref_log_probs is not None:
-        kl = kl_estimate(log_probs, ref_log_probs, "k3", mask)
-        metrics["kl"] = share((kl.detach() / lengths).sum(), denominator, num_rows)
-        if kl_coef:
-            per_token = per_token + kl_coef * kl
-    return share((per_token / lengths).sum(), denominator, num_rows), metrics
+    mean: Mean = "response" if sequence_mean else "width"
+    loss, metrics = policy_loss(
+        log_probs, old_log_probs, advantages, mask, mean=mean,
+        clip=clip, clip_high=clip_high, weights=weights, denominator=denominator,
+    )  # fmt: skip
+    if ref_log_probs is None:
+        return loss, metrics
+    kl, kl_metrics = kl_loss(log_probs, ref_log_probs, mask, kl_coef, mean=mean, denominator=denominator)
+    return loss + kl if kl_coef else loss, metrics | kl_metrics
+
+
+def kl_loss(
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    mask: Tensor,
+    coef: float,
+    *,
+    estimator: LossKLEstimator = "k3",
+    old_log_probs: Tensor | None = None,
+    mean: Mean = "token",
+    denominator: Tensor | float | None = None,
+) -> Loss:
+    """coef times an estimate of KL(policy || reference), as a part of the loss.
+
+    What is minimised is the gradient of the estimate, and that is the KL's for two of them alone. With
+    d = log_probs - ref_log_probs and tokens sampled from the policy: k1's gradient is 0 in expectation; k2's is the
+    KL's; k3's is that of KL(reference || policy), which differs wherever the two are apart. Off policy (a second
+    update on a batch) k2 and k3 are estimates under the old policy. "weighted_k3" is r k3 with the ratio
+    r = policy / old policy, gradient through both: its value and its gradient are the KL's on and off policy.
+
+    Args:
+        log_probs: [B, T] float32, with gradient.
+        ref_log_probs: [B, T] float32, the reference's.
+        mask: [B, T] bool. A row with an old log-prob that is not finite is left out.
+        coef: its weight; 0 keeps the metric alone.
+        estimator: "k1", "k2", "k3" or "weighted_k3", which needs old_log_probs.
+        mean, denominator: as in `policy_loss`.
+    Returns:
+        (loss, metrics): "kl", the estimate before `coef`, averaged as the loss is.
+    Raises:
+        ValueError: an unknown estimator, or shapes, dtypes or devices differ.
+    Source: Schulman 2020, "Approximating KL Divergence"; Shao et al. 2024, eq. 4 (k3 as a loss); Tang and Munos 2025,
+        "On a few pitfalls in KL divergence gradient estimation for RL"; DeepSeek-AI 2025 (DeepSeek-V3.2), eq. 7, for
+        the weighted k3.
+    """
+    check_tokens(mask, log_probs=log_probs, ref_log_probs=ref_log_probs, old_log_probs=old_log_probs)
+    if estimator == "weighted_k3":
+        if old_log_probs is None:
+            raise ValueError('old_log_probs: needed for estimator="weighted_k3", got None; pass them, or use "k3"')
+        mask = usable(mask, old_log_probs)
+        log_ratio = keep(log_probs, mask) - keep(old_log_probs, mask)
+        kl = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * kl_estimate(log_probs, ref_log_probs, "k3", mask)
+    else:
+        kl = kl_estimate(log_probs, ref_log_probs, estimator, mask)
+    mean_kl = average(kl, mask, mean, denominator)
+    return coef * mean_kl, {"kl": mean_kl.detach()}
+
+
+def likelihood_loss(
+    log_probs: Tensor, weights: Tensor, mask: Tensor, *, mean: Mean = "token", denominator: Tensor | float | None = None
+) -> Loss:
+    """Cross-entropy of chosen responses: -weight log pi, the loss of best-of-n fine-tuning.
+
+    Args:
+        log_probs: [B, T] float32, with gradient.
+        weights: [B] or [B, T] float32; 1 for a chosen response.
+        mask: [B, T] bool, the tokens of the chosen responses. A row whose weight is not finite is left out.
+        mean, denominator: as in `policy_loss`.
+    Returns:
+        (loss, metrics): no metrics beside the loss.
+    Raises:
+        ValueError: shapes, dtypes or devices differ.
+    Source: Dong et al. 2023 (RAFT), section 3; Anthony et al. 2017 (expert iteration).
+    """
+    check_tokens(mask, log_probs=log_probs)
+    weights = per_token(weights, mask)
+    mask = usable(mask, weights)
+    return average(-keep(weights, mask) * keep(log_probs, mask), mask, mean, denominator), {}
 
 
 def ptx_loss(
@@ -250,44 +302,3 @@ def entropy_bonus(entropy: Tensor, mask: Tensor, coef: float, *, denominator: Te
     check_tokens(mask, entropy=entropy)
     mean = share(keep(entropy, mask).sum(), denominator, mask.sum())
     return -coef * mean, {"entropy": mean.detach()}
-
-
-def _log_bounds(clip: float, clip_high: float | None) -> tuple[float, float]:
-    """(log(1 - clip), log(1 + clip_high)); a clip of 1 or more leaves the ratio free below."""
-    high = clip if clip_high is None else clip_high
-    for name, number in (("clip", clip), ("clip_high", high)):
-        if not number > 0:
-            raise ValueError(f"{name}: must be above 0, got {number}; 0.2 is usual")
-    return (math.log1p(-clip) if clip < 1 else -math.inf), math.log1p(high)
-
-
-def _clipped_surrogate(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, bounds: tuple[float, float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(surrogate to minimise, whether the clip took its gradient, log ratio without gradient), each [B, T].
-
-    min(ratio A, clip(ratio) A) binds above where A > 0 and below where A < 0. Clamping the *log* ratio there gives the
-    same number and gradient, and never makes the inf * 0 = NaN that an overflowing ratio leaves in min's backward.
-    """
-    log_ratio = keep(log_probs, mask) - keep(old_log_probs, mask)
-    low, high = bounds
-    bounded = torch.where(advantages < 0, log_ratio.clamp(min=low), log_ratio.clamp(max=high))
-    with torch.no_grad():
-        is_clipped = (bounded != log_ratio) & (advantages != 0)
-    return -advantages * bounded.exp(), is_clipped, log_ratio.detach()
-
-
-@torch.no_grad()
-def _drift(
-    log_ratio: Tensor,
-    is_clipped: Tensor,
-    denominator: Tensor | float | None,
-    default: Tensor,
-    lengths: Tensor | int = 1,
-) -> dict[str, Tensor]:
-    """How far the policy has moved from the old one; where nothing counts, the log ratio is 0 and adds 0."""
-    old_kl = torch.expm1(log_ratio) - log_ratio
-    return {
-        "clip_fraction": share((is_clipped / lengths).sum(), denominator, default),
-        "old_kl": share((old_kl / lengths).sum(), denominator, default),
-    }

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchbandit.losses.inputs import check_float, check_tokens, keep
 
 KLEstimator = Literal["k1", "k2", "k3"]
+LossKLEstimator = Literal["k1", "k2", "k3", "weighted_k3"]
 
 
 def kl_estimate(
@@ -58,8 +59,9 @@ def importance_weights(
     *,
     cap: float = 2.0,
     per: Literal["token", "sequence"] = "token",
+    beyond: Literal["truncate", "mask"] = "truncate",
 ) -> Tensor:
-    """Truncated importance weights min(policy / sampler, cap), for responses that another engine sampled.
+    """Importance weights policy / sampler with a cap, for responses that another engine sampled.
 
     Args:
         log_probs: [B, T] float32, of the policy as it was when the engine had its weights (the old log-probs).
@@ -67,19 +69,33 @@ def importance_weights(
         mask: [B, T] bool.
         cap: the greatest weight; inf leaves them untruncated.
         per: "token": each token's own ratio; "sequence": the ratio of the whole response, on each of its tokens.
+        beyond: what a ratio above the cap becomes: "truncate" (TIS): the cap; "mask" (MIS): 0, and so does a ratio
+            below 1 / cap.
     Returns:
         [B, T] float32 without gradient, 0 outside the mask; the `weights` of a loss.
     Raises:
-        ValueError: cap is not positive, `per` is unknown, or shapes, dtypes or devices differ.
+        ValueError: cap is not positive (above 1 for "mask"), an unknown choice, or shapes, dtypes or devices differ.
     Source: Ionides 2008 (Truncated Importance Sampling); Espeholt et al. 2018 (IMPALA), the rho below eq. 1; for
-        language models Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+        language models Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"
+        (TIS); Liu et al. 2025, "When Speed Kills Stability" (MIS).
     """
     check_tokens(mask, log_probs=log_probs, sampler_log_probs=sampler_log_probs)
-    if not cap > 0:
-        raise ValueError(f"cap: must be above 0, got {cap}; 2 is usual")
+    check_cap(cap, beyond)
     if per not in ("token", "sequence"):
         raise ValueError(f'per: must be "token" or "sequence", got {per!r}')
     log_ratio = keep(log_probs, mask) - keep(sampler_log_probs, mask)
     if per == "sequence":
         log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(mask)
-    return keep(log_ratio.clamp(max=math.log(cap)).exp(), mask)
+    bound = math.log(cap)
+    if beyond == "mask":
+        return keep(log_ratio.exp(), mask & (log_ratio.abs() <= bound))
+    return keep(log_ratio.clamp(max=bound).exp(), mask)
+
+
+def check_cap(cap: float, beyond: str = "truncate") -> None:
+    """ValueError unless a cap on importance weights leaves something, and `beyond` is known."""
+    if beyond not in ("truncate", "mask"):
+        raise ValueError(f'beyond: must be "truncate" or "mask", got {beyond!r}')
+    least = 1.0 if beyond == "mask" else 0.0
+    if not cap > least:
+        raise ValueError(f"cap: must be above {least:g} to {beyond} importance weights, got {cap}; 2 is usual")

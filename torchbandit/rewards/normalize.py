@@ -74,7 +74,7 @@ class AdaptiveCoefficient:
     """A KL coefficient that seeks a target KL: it grows where the KL is above, shrinks where it is below.
 
     The relative error of a batch's mean KL is clipped to ±0.2, and n rows multiply the coefficient by
-    1 + error * n / horizon.
+    1 + error * min(n / horizon, 1). The bound keeps it positive: a batch of more than 5 horizons would turn it around.
 
     Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2; the gain
         n / horizon is that of their published code.
@@ -96,7 +96,8 @@ class AdaptiveCoefficient:
         if reduce is not None:
             count, total = reduce(torch.stack((count, total))).unbind()
         error = ((total / count.clamp(min=1) - self.target) / self.target).clamp(-0.2, 0.2)
-        self.value = (self.value * (1.0 + error * count / self.horizon)).to(self.value.dtype)
+        gain = (count / self.horizon).clamp(max=1.0)
+        self.value = (self.value * (1.0 + error * gain)).to(self.value.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"coef": self.value.clone()}
