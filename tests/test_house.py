@@ -19,6 +19,7 @@ FLOORS = (  # from the ground up; a file may import from lower floors, and from 
     {"scoring", "generation", "corpus"},
     {"rewards", "policy"},
     {"env"},
+    {"learn"},
     {"adapters", "train", "testing", "score", "pull", "profile"},
     {"rllib"},  # hands on the Gymnasium adapter, and runs the command line's options and reports
     {"bench"},  # measures all of it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torchbandit.corpus import Corpus
 from torchbandit.env import BanditEnv
 from torchbandit.generation import Sampling
+from torchbandit.learn import ALGORITHMS
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.prompts import PromptSet
 from torchbandit.testing.host_copy import count_host_copies
@@ -42,14 +44,16 @@ def make_trainer(
     prompts = PromptSet.from_texts([f"prompt {i}" for i in range(32)], tokenizer, max_length=32)
     env = BanditEnv(prompts, reward, num_prompts=num_prompts, group_size=group_size)
     policy = CausalLMPolicy(
-        tiny_lm(), tokenizer, sampling=Sampling(max_new_tokens=8), critic="head" if algo == "ppo" else None
+        tiny_lm(), tokenizer, sampling=Sampling(max_new_tokens=8), critic="head" if ALGORITHMS[algo].needs_critic else None
     )
-    return kind(env, policy, LoopOptions(algo=algo, lr=5e-3, **options), corpus=corpus)
+    own = {field.name for field in dataclasses.fields(ALGORITHMS[algo])}
+    algorithm = ALGORITHMS[algo](**{name: options.pop(name) for name in list(options) if name in own})
+    return kind(env, policy, algorithm, LoopOptions(lr=5e-3, **options), corpus=corpus)
 
 
 @pytest.mark.parametrize(
     ("algo", "options"),
-    [("ppo", {}), ("rloo", {}), ("grpo", {}), ("grpo", {"dr_grpo": True, "drop_constant_groups": True})],
+    [("ppo", {}), ("rloo", {}), ("grpo", {}), ("dr_grpo", {"drop_constant_groups": True}), ("remax", {})],
 )
 def test_it_learns(algo, options):
     trainer = make_trainer(algo, epochs=2, minibatches=2, **options)

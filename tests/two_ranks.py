@@ -12,6 +12,7 @@ from fakes import byte_tokenizer, tiny_lm, tiny_reward_model
 from torchbandit.corpus import Corpus
 from torchbandit.env import BanditEnv
 from torchbandit.generation import Sampling
+from torchbandit.learn import ALGORITHMS
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.prompts import PromptSet
 from torchbandit.rewards import KLPenalty, RewardModel
@@ -44,11 +45,10 @@ def main(out: str, algo: str) -> None:
     terms = [RewardModel(tiny_reward_model(), normalize="running"), KLPenalty(tiny_lm(seed=3), coef=0.1, target=2.0)]
     env = BanditEnv(prompts, terms, num_prompts=8 // world, group_size=2)
     policy = Scripted(
-        tiny_lm(), tokenizer, sampling=Sampling(max_new_tokens=6), critic="head" if algo == "ppo" else None
+        tiny_lm(), tokenizer, sampling=Sampling(max_new_tokens=6), critic="head" if ALGORITHMS[algo].needs_critic else None
     )
     corpus = Corpus.from_texts([f"a document {i}" * (1 + i % 3) for i in range(32)], tokenizer)
     options = LoopOptions(
-        algo=algo,
         steps=3,
         epochs=2,
         lr=1e-3,
@@ -57,7 +57,7 @@ def main(out: str, algo: str) -> None:
         micro_batch_size=4,
         loss_kl_coef=0.1,
     )
-    trainer = BanditTrainer(env, policy, options, corpus=corpus, accelerator=accelerator)
+    trainer = BanditTrainer(env, policy, ALGORITHMS[algo](), options, corpus=corpus, accelerator=accelerator)
     lines = [trainer.step() for _ in range(3)]
     if accelerator.is_main_process:
         weights = torch.cat([p.detach().flatten() for p in policy.parameters()])

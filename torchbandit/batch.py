@@ -12,12 +12,14 @@ Axis legend, used by every file of the package:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import torch
-from tensordict import TensorDictBase
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from tensordict import TensorDictBase
+    from torch import Tensor
 
+# torch is imported where it is used: options that name these keys are read without it.
 Key = str | tuple[str, ...]
 
 PROMPT: Final = ("tokens", "prompt")
@@ -28,6 +30,7 @@ COLUMNS: Final = "columns"
 RESPONSE: Final = ("tokens", "response")
 RESPONSE_MASK: Final = ("masks", "response")
 LOG_PROBS: Final = ("log_probs", "response")
+SAMPLER_LOG_PROBS: Final = ("log_probs", "sampler")
 FINISHED: Final = "finished"
 TEMPERATURE: Final = "temperature"
 VALUES: Final = "values"
@@ -40,7 +43,7 @@ DONE: Final = ("next", "done")
 TERMINATED: Final = ("next", "terminated")
 TRUNCATED: Final = ("next", "truncated")
 
-Reduce = Callable[[Tensor], Tensor]
+Reduce = Callable[["Tensor"], "Tensor"]
 """Sums a tensor over all processes. `None` wherever it is optional means one process."""
 
 
@@ -54,6 +57,8 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     Returns:
         x's dtype; a scalar tensor for `dim=None`.
     """
+    import torch
+
     kept = torch.where(mask, x, x.new_zeros(()))
     return kept.sum() if dim is None else kept.sum(dim)
 
@@ -75,6 +80,8 @@ def masked_whiten(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None, eps:
         reduce: sums over processes, so that every rank whitens by the same two numbers.
         eps: added to the variance, which is the biased one.
     """
+    import torch
+
     count, total = mask.sum().to(x.dtype), masked_sum(x, mask)
     if reduce is not None:
         count, total = reduce(torch.stack((count, total))).unbind()
@@ -109,6 +116,8 @@ def require(
     Raises:
         ValueError: the key is missing, or its shape, dtype or device differs.
     """
+    from torch import Tensor
+
     value = td.get(key, None)
     if (
         isinstance(value, Tensor)

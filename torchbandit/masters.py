@@ -39,6 +39,12 @@ class MasterOptimizer:
             pairs = [(p, p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())) for p in kept]
             self._pairs += pairs
             masters.append({**group, "params": [master for _, master in pairs]})
+            half = next((p for p in kept if p.dtype == torch.float16), None)
+            if half is not None:
+                raise ValueError(
+                    "params: float16 gradients underflow without loss scaling (trained so, they are 14% off); load the "
+                    'model with dtype="bfloat16" or "float32", got float16'
+                )
         if not self._pairs:
             raise ValueError("params: must hold at least one parameter that requires gradient, got none")
         self._own = [(p, m) for p, m in self._pairs if m is not p]
@@ -59,11 +65,12 @@ class MasterOptimizer:
             master.grad = None
 
     @torch.no_grad()
-    def step(self, grad_clip: float | None = None) -> Tensor:
+    def step(self, grad_clip: float | None = None, *, skip: Tensor | None = None) -> Tensor:
         """Step the masters and round them into the parameters.
 
         Args:
-            grad_clip: largest L2 norm of all gradients together; None does not clip.
+            grad_clip: largest L2 norm of all gradients together; None or 0 does not clip.
+            skip: scalar bool on the device: where True nothing moves, as where the norm is not finite.
         Returns:
             the norm before clipping, float32 scalar on the device, no sync. Where it is not finite nothing moves:
             neither weights nor the optimizer's moments. (An optimizer without a fused step sees zero gradients then.)
@@ -76,8 +83,8 @@ class MasterOptimizer:
         grads = [m.grad for m in live if m.grad is not None]
         norms = [n.to(grads[0].device) for n in torch._foreach_norm(grads)]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        finite = norm.isfinite()
-        if grad_clip is not None:
+        finite = norm.isfinite() if skip is None else norm.isfinite() & ~skip
+        if grad_clip is not None and grad_clip > 0:
             scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads, torch.where(finite, scale, torch.ones_like(scale)))
         if self._fused:

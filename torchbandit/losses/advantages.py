@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from torchbandit.batch import Reduce, masked_whiten
+from torchbandit.losses.choices import Baseline, Scale, check_choices
 from torchbandit.losses.inputs import check_float, check_mask, check_tokens, is_finite, keep
 from torchbandit.responses import last_token
 
@@ -94,10 +93,6 @@ def returns_to_go(reward: Tensor, token_reward: Tensor | None, mask: Tensor) -> 
     return keep(kept.flip(-1).cumsum(-1).flip(-1), mask)
 
 
-Baseline = Literal["mean", "leave_one_out", "none"]
-Scale = Literal["group", "batch", "none"]
-
-
 @torch.no_grad()
 def group_advantages(
     reward: Tensor,
@@ -129,7 +124,7 @@ def group_advantages(
     Source: Shao et al. 2024 (DeepSeekMath), section 4.1.2; Ahmadian et al. 2024 (Back to Basics) for "leave_one_out";
         Liu et al. 2025 (Dr. GRPO), section 3.2, for scale="none"; Hu 2025 (REINFORCE++) for "batch".
     """
-    check_advantage_choices(baseline=baseline, scale=scale)
+    check_choices(baseline=baseline, scale=scale)
     if baseline != "none" or scale == "group":
         _check_siblings(group_size, "group_advantages")
     groups, counted = _groups(reward, group_size, scorable)
@@ -144,13 +139,6 @@ def group_advantages(
     elif scale == "batch":
         out = out / (_batch_deviation(groups, counted, reduce) + eps)
     return out.flatten()
-
-
-def check_advantage_choices(*, baseline: str, scale: str) -> None:
-    """ValueError for a choice that there is not."""
-    for name, value, kind in (("baseline", baseline, Baseline), ("scale", scale, Scale)):
-        if value not in get_args(kind):
-            raise ValueError(f"{name}: must be {' or '.join(map(repr, get_args(kind)))}, got {value!r}")
 
 
 def rloo_advantages(reward: Tensor, group_size: int, scorable: Tensor | None = None) -> Tensor:

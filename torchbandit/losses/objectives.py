@@ -10,9 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from torchbandit.losses.choices import Loss, LossKLEstimator, Mean
 from torchbandit.losses.inputs import check_float, check_tokens, keep, share
-from torchbandit.losses.ratios import LossKLEstimator, kl_estimate
-from torchbandit.losses.surrogate import MAX_LOG_RATIO, Loss, Mean, average, per_token, policy_loss, usable
+from torchbandit.losses.ratios import MAX_LOG_RATIO, kl_estimate
+from torchbandit.losses.surrogate import average, per_token, policy_loss, usable
 
 
 def add_up(parts: Mapping[str, Loss], coefs: Mapping[str, float] | None = None) -> Loss:
@@ -91,6 +92,7 @@ def value_loss(
     check_tokens(mask, values=values, old_values=old_values, returns=returns)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: must be above 0, or None for no clip, got {clip}")
+    mask = usable(mask, old_values, returns)
     values, old_values, returns = keep(values, mask), keep(old_values, mask), keep(returns, mask)
     plain = error = (values - returns).square()
     if clip is not None:

@@ -8,10 +8,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from torchbandit.losses.choices import KLEstimator, check_cap
 from torchbandit.losses.inputs import check_float, check_tokens, keep
 
-KLEstimator = Literal["k1", "k2", "k3"]
-LossKLEstimator = Literal["k1", "k2", "k3", "weighted_k3"]
+MAX_LOG_RATIO = 20.0
+"""Bound of every log ratio. exp(20) = 4.9e8 is far beyond any ratio that a gradient should follow, and float32 still
+adds up a million of them; at log ratio 89 exp is inf, and one such token makes the loss of a whole batch inf."""
 
 
 def kl_estimate(
@@ -67,7 +69,7 @@ def importance_weights(
         log_probs: [B, T] float32, of the policy as it was when the engine had its weights (the old log-probs).
         sampler_log_probs: [B, T] float32, as the engine reported them.
         mask: [B, T] bool.
-        cap: the greatest weight; inf leaves them untruncated.
+        cap: the greatest weight; inf leaves them untruncated (to exp(MAX_LOG_RATIO)).
         per: "token": each token's own ratio; "sequence": the ratio of the whole response, on each of its tokens.
         beyond: what a ratio above the cap becomes: "truncate" (TIS): the cap; "mask" (MIS): 0, and so does a ratio
             below 1 / cap.
@@ -86,16 +88,8 @@ def importance_weights(
     log_ratio = keep(log_probs, mask) - keep(sampler_log_probs, mask)
     if per == "sequence":
         log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(mask)
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     bound = math.log(cap)
     if beyond == "mask":
         return keep(log_ratio.exp(), mask & (log_ratio.abs() <= bound))
     return keep(log_ratio.clamp(max=bound).exp(), mask)
-
-
-def check_cap(cap: float, beyond: str = "truncate") -> None:
-    """ValueError unless a cap on importance weights leaves something, and `beyond` is known."""
-    if beyond not in ("truncate", "mask"):
-        raise ValueError(f'beyond: must be "truncate" or "mask", got {beyond!r}')
-    least = 1.0 if beyond == "mask" else 0.0
-    if not cap > least:
-        raise ValueError(f"cap: must be above {least:g} to {beyond} importance weights, got {cap}; 2 is usual")

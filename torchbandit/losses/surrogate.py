@@ -1,4 +1,4 @@
-"""The policy loss as four independent choices: ratio, clip, mean, and the advantage that comes in. (B, T: see batch.py.)
+"""The policy loss as independent choices: ratio, clip, mean, and the advantage that comes in. (B, T: see batch.py.)
 
 Nearly every paper since PPO is one combination of them; `torchbandit.learn.algorithms` names the combinations.
 """
@@ -6,21 +6,13 @@ Nearly every paper since PPO is one combination of them; `torchbandit.learn.algo
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from torchbandit.losses.choices import ClipAs, Loss, Mean, Ratio, check_choices, check_dual_clip, log_bounds
 from torchbandit.losses.inputs import check_float, check_tokens, is_finite, keep, share
-
-Loss = tuple[Tensor, dict[str, Tensor]]
-Ratio = Literal["token", "response", "response_token", "product"]
-ClipAs = Literal["min", "weight", "mask"]
-Mean = Literal["token", "response", "width", "sum"]
-
-MAX_LOG_RATIO = 20.0
-"""Bound of every log ratio. exp(20) = 4.9e8 is far beyond any ratio that a gradient should follow, and float32 still
-adds up a million of them; at log ratio 89 exp is inf, and one such token makes the loss of a whole batch inf."""
+from torchbandit.losses.ratios import MAX_LOG_RATIO
 
 
 def policy_loss(
@@ -66,8 +58,8 @@ def policy_loss(
     Raises:
         ValueError: an unknown choice, a clip that is not positive, or shapes, dtypes or devices differ.
     Source: Schulman et al. 2017 (PPO), eq. 7; Ye et al. 2020 (dual clip), eq. 5; Yu et al. 2025 (DAPO), sections
-        3.1 and 3.3, for clip_high and mean="token"; Zheng et al. 2025 (GSPO), section 4; MiniMax 2025 (MiniMax-M1, CISPO),
-        section 3.1, for "weight"; Liu et al. 2025 (Dr. GRPO), section 3.2, for "width".
+        3.1 and 3.3, for clip_high and mean="token"; Zheng et al. 2025 (GSPO), section 4; MiniMax 2025
+        (MiniMax-M1, CISPO), section 3.1, for "weight"; Liu et al. 2025 (Dr. GRPO), section 3.2, for "width".
     """
     check_choices(ratio=ratio, clip_as=clip_as, mean=mean)
     check_tokens(mask, log_probs=log_probs, old_log_probs=old_log_probs, weights=weights)
@@ -150,30 +142,3 @@ def usable(mask: Tensor, *numbers: Tensor | None) -> Tensor:
         if x is not None:
             kept = kept & (is_finite(x) | ~mask).all(-1, keepdim=True)
     return kept
-
-
-def log_bounds(clip: float | None, clip_high: float | None) -> tuple[float, float]:
-    """(log(1 - clip), log(1 + clip_high)); ValueError for a clip that is not positive."""
-    high = clip if clip_high is None else clip_high
-    for name, number in (("clip", clip), ("clip_high", high)):
-        if number is not None and not number > 0:
-            raise ValueError(f"{name}: must be above 0, got {number}; 0.2 is usual, None is no bound")
-    low = -math.inf if clip is None or clip >= 1 else math.log1p(-clip)
-    return low, math.inf if high is None else math.log1p(high)
-
-
-def check_dual_clip(dual_clip: float | None, clip_as: ClipAs = "min") -> None:
-    """ValueError unless it is None or above 1, and the clip is PPO's."""
-    if dual_clip is None:
-        return
-    if not dual_clip > 1:
-        raise ValueError(f"dual_clip: must be above 1, or None, got {dual_clip}; 3 is usual")
-    if clip_as != "min":
-        raise ValueError(f'dual_clip: bounds the surrogate of clip_as="min", got clip_as={clip_as!r}; leave it out')
-
-
-def check_choices(*, ratio: str, clip_as: str, mean: str) -> None:
-    """ValueError for a choice that there is not."""
-    for name, value, kind in (("ratio", ratio, Ratio), ("clip_as", clip_as, ClipAs), ("mean", mean, Mean)):
-        if value not in get_args(kind):
-            raise ValueError(f"{name}: must be {' or '.join(map(repr, get_args(kind)))}, got {value!r}")

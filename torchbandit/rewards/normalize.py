@@ -59,6 +59,10 @@ class RunningNormalizer:
     def __call__(self, x: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
         """Update, then normalise: x's shape and dtype; 0 outside the mask."""
         self.update(x, mask, reduce)
+        return self.normalized(x, mask)
+
+    def normalized(self, x: Tensor, mask: Tensor) -> Tensor:
+        """By the statistics as they are: x's shape and dtype; 0 outside the mask."""
         scale = torch.rsqrt(self.squares / self.count.clamp(min=1) + self.eps)
         wide = x.to(self.mean.dtype)  # a 0-dim float64 would not promote x, and a large mean would lose its digits
         return ((wide - self.mean) * scale).to(x.dtype).masked_fill(~mask, 0.0)

@@ -9,7 +9,8 @@ copies to the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,6 +77,7 @@ class RewardPipeline:
         self.tokenizer, self.prompts = tokenizer, prompts
         self._tokenizer_size = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
         self._reduce: Reduce | None = None
+        self._is_frozen = False
         self._sleeper = Sleeper()
         for term in self.terms:
             term.bind(self.device, tokenizer)
@@ -207,8 +209,9 @@ class RewardPipeline:
         out.set("reward", per_row.masked_fill(unscorable, torch.nan).unsqueeze(-1))
         out.set("reward_terms", TensorDict(rows, batch_size=td.batch_size, device=self.device))
         out.set("unscorable", unscorable)
-        for name, coefficient in self._coefficients.items():  # after its use: this step is paid at the old price
-            coefficient.update(rows[name], scorable, self._reduce)
+        if not self._is_frozen:
+            for name, coefficient in self._coefficients.items():  # after its use: this step is paid at the old price
+                coefficient.update(rows[name], scorable, self._reduce)
         return out
 
     def _weighted(
@@ -221,13 +224,33 @@ class RewardPipeline:
             x = x - term.missing_eos_penalty * cut
         x = x.masked_fill(~counted, 0.0)
         if term.normalize == "batch":
+            if self._is_frozen:
+                raise ValueError(
+                    f'reward term "{term.name}": is normalised over a batch, so its values of two batches (a baseline '
+                    'beside the responses) cannot be compared; use normalize="running", or none'
+                )
             x = masked_whiten(x, counted, reduce=self._reduce)
         elif term.normalize == "running":
-            x = self._normalizers[term.name](x, counted, self._reduce)
+            normalizer = self._normalizers[term.name]
+            if not self._is_frozen:
+                normalizer.update(x, counted, self._reduce)
+            x = normalizer.normalized(x, counted)
         if term.clip is not None:
             x = x.clamp(*term.clip).masked_fill(~counted, 0.0)
         adaptive = self._coefficients.get(term.name)
         return x * (term.weight if adaptive is None else -adaptive.value)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Score rows without counting them: statistics and adaptive coefficients stay as they are inside.
+
+        A term that is normalised over the batch raises ValueError there: its values would be of another scale.
+        """
+        self._is_frozen = True
+        try:
+            yield
+        finally:
+            self._is_frozen = False
 
     def shard(self, reduce: Reduce | None) -> None:
         """Merge statistics over processes by `reduce`, which sums a tensor over them; None: one process."""

@@ -124,6 +124,29 @@ class LengthPenalty(RewardTerm):
         super().__init__(lambda td: (lengths(td[RESPONSE_MASK]) - start).clamp(min=0).float(), name, weight=-coef)
 
 
+class OverlongPenalty(RewardTerm):
+    """DAPO's soft overlong punishment: 0 up to `soft` tokens, then falling to -1 at `hard`, and -1 beyond.
+
+    Args:
+        soft: response tokens that cost nothing (L_max - L_cache in the paper).
+        hard: tokens from which a response loses all of `weight`.
+        weight: what it loses there.
+        name: under which the punishment, 0 to -1, is kept.
+    Raises:
+        ValueError: not 0 <= soft < hard.
+    Source: Yu et al. 2025 (DAPO), equation 13.
+    """
+
+    def __init__(self, soft: int, hard: int, weight: float = 1.0, name: str = "overlong") -> None:
+        if not 0 <= soft < hard:
+            raise ValueError(f'reward term "{name}": must have 0 <= soft < hard, got soft={soft} and hard={hard}')
+
+        def punishment(td: TensorDictBase) -> Tensor:
+            return -((lengths(td[RESPONSE_MASK]) - soft) / (hard - soft)).clamp(0.0, 1.0)
+
+        super().__init__(punishment, name, weight=weight)
+
+
 def as_term(term: RewardTerm | TermFn) -> RewardTerm:
     """A RewardTerm as it is; a bare callable as a RewardTerm with its defaults."""
     return term if isinstance(term, RewardTerm) else RewardTerm(term)

@@ -31,7 +31,7 @@ from torchbandit.env import BanditEnv
 from torchbandit.rllib.env_fn import call_env_fn, check_tokenizers
 from torchbandit.rllib.module import PLACEHOLDER, CausalLMModule, empty_module, here, same_algorithms
 from torchbandit.rllib.wire import flatten, pack, to_array, unpack
-from torchbandit.train.metrics import reward_metrics, to_host
+from torchbandit.learn.metrics import reward_metrics, to_host
 
 PLACE = "place"
 

@@ -19,7 +19,7 @@ from torchbandit.generation import Sampling
 from torchbandit.models import ModelSpec, load_tokenizer
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.prompts import PromptSet
-from torchbandit.rewards import HostReward, KLPenalty, LengthPenalty, RewardModel, RewardTerm
+from torchbandit.rewards import HostReward, KLPenalty, LengthPenalty, OverlongPenalty, RewardModel, RewardTerm
 from torchbandit.train.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -103,16 +103,21 @@ def build_terms(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> li
     terms += [HostReward(import_function(name, "host_reward"), tokenizer) for name in options.host_reward]
     if options.length_penalty:
         terms.append(LengthPenalty(options.length_penalty))
+    if options.overlong_soft is not None:
+        hard = options.max_new_tokens if options.overlong_hard is None else options.overlong_hard
+        terms.append(OverlongPenalty(soft=options.overlong_soft, hard=hard))
     assert options.policy is not None
-    terms.append(
-        KLPenalty(
-            ModelSpec(options.reference or options.policy, **frozen),
-            # GRPO has its KL in the loss; here it is only recorded, with the reference's log-probs.
-            coef=0.0 if options.algo == "grpo" else options.kl_coef,
-            per_token=options.algo == "ppo",
-            target=options.kl_target,
+    if options.kl_coef or options.reference:  # nobody pays for a reference that nothing reads
+        terms.append(
+            KLPenalty(
+                ModelSpec(options.reference or options.policy, **frozen),
+                # A KL in the loss is only recorded here, with the reference's log-probs.
+                coef=0.0 if options.kl_where == "loss" else options.kl_coef,
+                estimator="k1" if options.kl_estimate == "weighted_k3" else options.kl_estimate,
+                per_token=options.kl_where == "reward-token",
+                target=options.kl_target,
+            )
         )
-    )
     return terms
 
 
@@ -145,8 +150,6 @@ def build_policy(options: TrainOptions, tokenizer: PreTrainedTokenizerBase, devi
     """The trainable policy, with the critic that the algorithm needs."""
     assert options.policy is not None
     critic = options.critic
-    if critic is None and options.algo == "ppo":
-        critic = "head"
     return CausalLMPolicy(
         ModelSpec(options.policy, dtype=options.dtype, compile=options.compile),
         tokenizer,

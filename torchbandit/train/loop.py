@@ -1,67 +1,83 @@
 """The training loop: draw, generate, score, learn. Read it top to bottom; subclass it to change a part.
 
-One process or many (`accelerate launch`): every rank draws its own prompts, and the sums that decide denominators,
-whitening and metrics are taken over all ranks, so W processes compute what one with W times the batch would.
+What an algorithm is and how a batch is learnt from stands in `torchbandit.learn`; here is who calls it. One process or
+many (`accelerate launch`): every rank draws its own prompts, and the sums that decide denominators, whitening and
+metrics are taken over all ranks, so W processes compute what one with W times the batch would.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+import warnings
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from torchbandit import batch, losses
 from torchbandit.clock import Clock
 from torchbandit.corpus import Corpus
 from torchbandit.env import BanditEnv
+from torchbandit.learn.algorithm import Algorithm, Denominators
+from torchbandit.learn.collect import EnvDraw, Generate, collect
+from torchbandit.learn.completed import with_log_probs
+from torchbandit.learn.find import name_of
+from torchbandit.learn.metrics import Metrics, to_host
+from torchbandit.learn.ranks import Ranks
+from torchbandit.learn.seeds import sampling_seed
+from torchbandit.learn.update import SKIPPED_IN_A_ROW, Update, why_skipped
+from torchbandit.losses import Loss
 from torchbandit.masters import MasterOptimizer
-from torchbandit.policy import CausalLMPolicy, Plans
-from torchbandit.train.metrics import Metrics, reward_metrics, to_host
+from torchbandit.policy import CausalLMPolicy
 from torchbandit.train.options import LoopOptions
 
 
 class RunStopped(ValueError):
-    """The run cannot go on honestly; the message says why."""
+    """The run cannot go on; the message says why."""
 
 
 class BanditTrainer:
-    """Trains a policy on an env with PPO, RLOO or GRPO, with or without a pretraining loss (ptx).
+    """Trains a policy on an env with an algorithm, with or without a pretraining loss (ptx).
 
     Args:
         env: built for this process's share; the trainer shards it.
-        policy: with a critic for ppo.
+        policy: with a critic where the algorithm needs one.
+        algorithm: of `torchbandit.learn`, or your own.
         options: see `LoopOptions`.
         corpus: pretraining rows, needed where `options.ptx_coef` is above 0.
         accelerator: one of your own; the default serves one process and `accelerate launch` alike.
+        generate: answers prompts in place of the policy: td -> td with the response keys. Another engine writes
+            ("log_probs","sampler"), and the policy's own log-probs are computed where they are absent.
     Raises:
-        ValueError: options, policy, env and corpus do not go together.
+        ValueError: algorithm, options, policy, env and corpus do not go together.
     """
 
     def __init__(
         self,
         env: BanditEnv,
         policy: CausalLMPolicy,
+        algorithm: Algorithm,
         options: LoopOptions,
         *,
         corpus: Corpus | None = None,
         accelerator: Accelerator | None = None,
+        generate: Generate | None = None,
     ) -> None:
-        self.options, self.env, self.policy, self.corpus = options, env, policy, corpus
+        if not isinstance(algorithm, Algorithm):
+            raise ValueError(
+                f"algorithm: must be an instance of torchbandit.learn.Algorithm, as GRPO(clip=0.2), got {algorithm!r}"
+            )
+        self.algorithm, self.options, self.env, self.policy, self.corpus = algorithm, options, env, policy, corpus
         self._check()
         self.accelerator = accelerator or Accelerator(cpu=env.device.type == "cpu")
         self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        reduce = self._reduce if self.world_size > 1 else None
-        env.shard(self.rank, self.world_size, reduce)
+        self.ranks = Ranks(self.rank, self.world_size, self._reduce if self.world_size > 1 else None)
+        env.shard(self.rank, self.world_size, self.ranks.sum)
         if corpus is not None:
             corpus.shard(self.rank, self.world_size)
-        # Each rank draws its own tokens, but all agree on the order of minibatches.
-        policy.generator.manual_seed(options.seed * 1_000_003 + self.rank)
-        self.shuffler = torch.Generator().manual_seed(options.seed)
+        # Each rank samples its own tokens, but all agree on the order of minibatches.
+        policy.generator.manual_seed(sampling_seed(options.seed, self.rank))
         if options.gradient_checkpointing:
             policy.gradient_checkpointing_enable()
         self.optimizer = MasterOptimizer(
@@ -69,16 +85,28 @@ class BanditTrainer:
         )
         # The wrapped module's forward is what averages gradients over ranks (trap 19).
         self.model = self.accelerator.prepare_model(policy) if self.world_size > 1 else policy
+        self.update = Update(
+            policy, algorithm, options, self.optimizer, group_size=env.group_size, ptx=corpus, ranks=self.ranks,
+            forward=self.model, loss=self.loss, **self._no_sync(),
+        )  # fmt: skip
+        self._generate = generate or self.generate
+        self._must_complete = generate is not None
         self.steps_done = 0
 
+    def _no_sync(self) -> dict[str, Any]:
+        return {"no_sync": lambda: self.accelerator.no_sync(self.model)} if self.world_size > 1 else {}
+
     def _check(self) -> None:
-        options, policy = self.options, self.policy
-        if options.algo == "ppo" and not policy.has_critic:
-            raise ValueError('critic: ppo needs one, got none; build the policy with critic="head" or a model')
-        if options.algo != "ppo" and policy.has_critic:
-            raise ValueError(f"critic: {options.algo} has no use for one; build the policy with critic=None")
-        if options.algo != "ppo" and self.env.group_size < 2:
-            raise ValueError(f"group_size: must be at least 2 for {options.algo}, got {self.env.group_size}")
+        options, policy, algorithm = self.options, self.policy, self.algorithm
+        name, G = name_of(algorithm), self.env.group_size
+        if algorithm.needs_critic and not policy.has_critic:
+            raise ValueError(f'critic: {name} needs one, got none; build the policy with critic="head" or a model')
+        if not algorithm.needs_critic and policy.has_critic:
+            raise ValueError(f"critic: {name} has no use for one; build the policy with critic=None")
+        if algorithm.least_group_size > G:
+            raise ValueError(f"group_size: must be at least {algorithm.least_group_size} for {name}, got {G}")
+        if options.refill and G < 2:
+            raise ValueError(f"refill: compares the rewards of a group, so group_size must be at least 2, got {G}")
         if options.ptx_coef and self.corpus is None:
             raise ValueError(f"corpus: must be given with ptx_coef={options.ptx_coef}, got none")
         if options.minibatches > self.env.num_prompts:
@@ -96,23 +124,23 @@ class BanditTrainer:
         """One batch: draw, generate, score, learn. Returns the step's metrics, copied to the host at once.
 
         Raises:
-            RunStopped: more than half of the batch has no honest score.
+            RunStopped: more than half of the batch has no valid score, or update after update was skipped.
         """
         clock = Clock(self.env.device)
-        td = self.env.reset()
-        with clock("generate"):
-            td = self.policy.generate(td, group_size=self.env.group_size)
-        with clock("score"):
-            td = self.env.step(td)
-        rewards = reward_metrics(td, self.env.group_size, self._reduce if self.world_size > 1 else None)
+        draw = EnvDraw(self.env, self._generate, self.greedy, clock, self._completed if self._must_complete else None)
+        td, rewards = collect(self.env, self.algorithm, draw, self.options, self.ranks.sum)
         self._stop_if_unscorable(rewards["unscorable"].item(), td)  # learn waits for the device at once anyway
         with clock("learn"):
-            learned = self.learn(self.targets(td))
+            self._set_lr()
+            learned = self.update(td, self.steps_done)
         metrics = to_host(rewards | learned)
         seconds = clock.read()
         total = seconds.pop("total")
         rows = self.world_size * self.env.batch_size
         self.steps_done += 1
+        why = why_skipped(metrics.pop(SKIPPED_IN_A_ROW))
+        if why is not None:
+            raise RunStopped(f"step {self.steps_done}: {why}")
         return (
             {"step": self.steps_done}
             | metrics
@@ -121,132 +149,37 @@ class BanditTrainer:
             | {f"time/{stage}_s": value for stage, value in seconds.items()}
         )
 
+    def generate(self, td: TensorDictBase) -> TensorDict:
+        """Answer prompts with the policy."""
+        return self.policy.generate(td, group_size=self.env.group_size)
+
+    def greedy(self, td: TensorDictBase) -> TensorDict:
+        """Answer each prompt once, greedily: no randomness is used."""
+        return self.policy.generate(td, greedy=True, group_size=1)
+
+    def _completed(self, td: TensorDict) -> TensorDict:
+        return with_log_probs(td, self.policy, group_size=self.env.group_size)
+
     def targets(self, td: TensorDict) -> TensorDict:
         """What the update reads: the response keys, `learn_mask` [B, T] and the algorithm's advantages.
 
         Unscorable rows have an all-False `learn_mask` and so no part in any loss or statistic.
         """
-        options, G = self.options, self.env.group_size
-        scorable = ~td[batch.UNSCORABLE]
-        mask = td[batch.RESPONSE_MASK] & scorable.unsqueeze(-1)
-        reward = td[batch.REWARD].squeeze(-1)
-        if options.drop_constant_groups and G > 1:
-            mask = mask & ~losses.group_is_constant(reward, G, scorable).unsqueeze(-1)
-        out: TensorDict = td.select(
-            batch.PROMPT, batch.PROMPT_MASK, batch.RESPONSE, batch.RESPONSE_MASK, batch.LOG_PROBS, batch.TEMPERATURE,
-            batch.VALUES, strict=False,
-        ).copy()  # fmt: skip
-        out["learn_mask"] = mask
-        reduce = self._reduce if self.world_size > 1 else None
-        if options.algo == "ppo":
-            out["advantages"], out["returns"] = losses.ppo_advantages(
-                td[batch.REWARD], td.get(batch.TOKEN_REWARD, None), td[batch.VALUES], mask,
-                gamma=options.gamma, lam=options.lam, reduce=reduce,
-            )  # fmt: skip
-        elif options.algo == "rloo":
-            out["advantages"] = losses.rloo_advantages(reward, G, scorable)
-        else:
-            out["advantages"] = losses.grpo_advantages(reward, G, scale=not options.dr_grpo, scorable=scorable)
-            if batch.REF_LOG_PROBS in td.keys(include_nested=True):
-                out["ref_log_probs"] = td[batch.REF_LOG_PROBS]
-        return out
+        return self.update.targets(td)
 
     def learn(self, targets: TensorDict) -> dict[str, Tensor]:
-        """`epochs` passes of `minibatches` updates each; siblings of a prompt stay in one minibatch.
-
-        Returns:
-            the losses' metrics, averaged over the updates, and grad_norm: scalars on the device.
-        """
+        """`epochs` passes of `minibatches` updates each; the metrics as scalars on the device."""
         self._set_lr()
-        G, device = self.env.group_size, self.env.device
-        sums: dict[str, Tensor] = {}
-        updates = self.options.epochs * self.options.minibatches
-        for _ in range(self.options.epochs):
-            order = torch.randperm(self.env.num_prompts, generator=self.shuffler).to(device, non_blocking=True)
-            for groups in order.tensor_split(self.options.minibatches):
-                rows = (groups.unsqueeze(-1) * G + torch.arange(G, device=device)).flatten()
-                for name, value in self.update(targets[rows]).items():
-                    sums[name] = sums.get(name, 0) + value / updates
-        return sums
+        return self.update.learn(targets, self.steps_done)
 
-    def update(self, minibatch: TensorDict) -> dict[str, Tensor]:
-        """One optimizer step, its gradient added up over microbatches.
-
-        Every loss is a sum over tokens (or rows) divided by the count in the whole minibatch over all ranks, so
-        neither the cut into microbatches nor the number of ranks changes it.
-        """
-        G = self.env.group_size
-        size = min(self.options.micro_batch_size or len(minibatch), len(minibatch))
-        pieces = minibatch.split(size)
-        siblings = G if size % G == 0 else 1
-        mask = minibatch["learn_mask"]
-        counts = {"tokens": mask.sum(), "rows": mask.any(-1).sum()}
-        ptx: list[tuple[Tensor, Tensor]] = []
-        if self.options.ptx_coef and self.corpus is not None:
-            ids, real = self.corpus.next(self.options.ptx_batch_size or len(minibatch))
-            counts["ptx"] = real[:, 1:].sum()
-            ptx = list(zip(ids.tensor_split(len(pieces)), real.tensor_split(len(pieces)), strict=True))
-        plans = self.policy.plans(pieces, [real if len(real) else None for _, real in ptx] or None, group_size=siblings)
-        totals = self._reduce(torch.stack(list(counts.values())).float()).clamp(min=1)
-        denominators = dict(zip(counts, totals.unbind(), strict=True))
-        sums: dict[str, Tensor] = {}
-        self.optimizer.zero_grad()
-        for i, piece in enumerate(pieces):
-            last = i == len(pieces) - 1
-            with nullcontext() if last or self.model is self.policy else self.accelerator.no_sync(self.model):
-                loss, metrics = self.loss(piece, ptx[i] if ptx else None, denominators, plans[i])
-                # DDP averages over ranks what must be summed.
-                (loss * self.world_size).backward()
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0) + value
-        names = list(sums)
-        sums = dict(zip(names, self._reduce(torch.stack([sums[name] for name in names])).unbind(), strict=True))
-        sums["grad_norm"] = self.optimizer.step(self.options.max_grad_norm)
-        return sums
-
-    def loss(
-        self,
-        td: TensorDict,
-        ptx: tuple[Tensor, Tensor] | None,
-        denominators: dict[str, Tensor],
-        plans: Plans,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one microbatch and its metrics; override it to add a part of your own.
+    def loss(self, out: TensorDict, targets: TensorDict, denominators: Denominators) -> Loss:
+        """The algorithm's loss of one microbatch; override it to add a part of your own.
 
         Args:
-            td: rows of `targets`.
-            ptx: pretraining ids and mask [M, L].
+            out: what `policy(td)` returned. targets: rows of `targets`.
             denominators: "tokens", "rows" and "ptx" of the whole minibatch, over all ranks.
-            plans: how the policy lays out td and ptx.
         """
-        o = self.options
-        ids, real = (None, None) if ptx is None or len(ptx[0]) == 0 else ptx
-        out = self.model(td, ptx_ids=ids, ptx_mask=real, entropy=o.entropy_coef != 0, plans=plans)
-        mask, tokens = td["learn_mask"], denominators["tokens"]
-        new, old, advantages = out["log_probs"], td[batch.LOG_PROBS], td["advantages"]
-        clip: dict[str, Any] = {"clip": o.clip, "clip_high": o.clip_high}
-        parts: dict[str, losses.Loss] = {}
-        if o.algo == "ppo":
-            parts["policy"] = losses.ppo_loss(new, old, advantages, mask, denominator=tokens, **clip)
-            parts["value"] = losses.value_loss(
-                out["values"], td[batch.VALUES], td["returns"], mask, clip=o.value_clip or None, denominator=tokens
-            )
-        elif o.algo == "rloo":
-            parts["policy"] = losses.rloo_loss(new, old, advantages, mask, denominator=denominators["rows"], **clip)
-        else:
-            parts["policy"] = losses.grpo_loss(
-                new, old, advantages, mask, ref_log_probs=td.get("ref_log_probs", None), kl_coef=o.loss_kl_coef,
-                sequence_mean=not o.dr_grpo, denominator=denominators["rows"], **clip,
-            )  # fmt: skip
-        if o.entropy_coef:
-            parts["entropy_bonus"] = losses.entropy_bonus(out["entropy"], mask, o.entropy_coef, denominator=tokens)
-        if ids is not None:
-            total = out["ptx_loss"] * out["ptx_tokens"]
-            parts["ptx_weighted"] = losses.ptx_loss(
-                total, out["ptx_tokens"], o.ptx_coef, denominator=denominators["ptx"]
-            )
-        loss, metrics = losses.add_up(parts, {"value": o.value_coef})
-        return loss, {f"loss/{name}": number for name, number in metrics.items()}
+        return self.algorithm.loss(out, targets, denominators=denominators)
 
     def _reduce(self, x: Tensor) -> Tensor:
         if self.world_size == 1:
@@ -260,7 +193,7 @@ class BanditTrainer:
             return
         # The run ends here, so a copy to the host costs nothing any more.
         raise RunStopped(
-            f"step {self.steps_done + 1}: {share:.0%} of the batch has no honest score, more than "
+            f"step {self.steps_done + 1}: {share:.0%} of the batch has no valid score, more than "
             f"half; of {len(td)} rows here: {self.env.rewards.why_unscorable(td)}"
         )
 
@@ -280,7 +213,7 @@ class BanditTrainer:
             "env": self.env.state_dict(),
             "corpus": None if self.corpus is None else self.corpus.state_dict(),
             "generator": self.policy.generator.get_state(),
-            "shuffler": self.shuffler.get_state(),
+            "schedule": {name: getattr(self.options, name) for name in ("schedule", "steps", "warmup_steps")},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,13 +221,19 @@ class BanditTrainer:
         return self.position() | {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken."""
+        """Go on exactly where `state_dict` was taken. A schedule of another length is followed, and said."""
+        own, saved = self.position()["schedule"], state["schedule"]
+        if saved != own and "constant" not in (own["schedule"], saved["schedule"]):
+            warnings.warn(
+                f"schedule: the state is of {saved}, this run has {own}: the learning rate goes on along the new one, "
+                "with a jump",
+                stacklevel=2,
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.env.load_state_dict(state["env"])
         if self.corpus is not None and state["corpus"] is not None:
             self.corpus.load_state_dict(state["corpus"])
         self.policy.generator.set_state(state["generator"].cpu())
-        self.shuffler.set_state(state["shuffler"].cpu())
         self.steps_done = state["steps_done"]
 
 

@@ -46,6 +46,7 @@ def train(options: TrainOptions) -> Path:
     trainer = BanditTrainer(
         env,
         build.build_policy(options, tokenizer, device),
+        options.algorithm,
         options,
         corpus=build.build_corpus(options, options.ptx_data, tokenizer, device) if options.ptx_coef else None,
         accelerator=accelerator,

@@ -1,0 +1,99 @@
+"""An algorithm by its name in `ALGORITHMS`, or a user's own as `package.module:Class`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, ClassVar, get_origin
+
+from torchbandit.learn import ALGORITHMS
+from torchbandit.learn.algorithm import Algorithm
+
+
+def find_algorithm(name: str) -> type[Algorithm]:
+    """The class.
+
+    Args:
+        name: a key of `ALGORITHMS`, or `package.module:Class`, imported with the current folder on the path.
+    Raises:
+        ValueError: there is none of this name (the nearest is named), it cannot be imported (why), or is no Algorithm.
+    """
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not module_name or not attribute:
+        near = difflib.get_close_matches(name, ALGORITHMS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "or package.module:Class for one of your own"
+        raise ValueError(f"algo: must be {', '.join(ALGORITHMS)}, got {name!r}; {hint}")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except AttributeError:
+        raise ValueError(f"algo: module {module_name!r} has no {attribute!r}") from None
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise ValueError(
+            f"algo: {module_name!r} cannot be imported ({type(error).__name__}: {error}); run where it can, or "
+            "install it"
+        ) from error
+    return check_algorithm_class(found, name)
+
+
+def check_algorithm_class(found: Any, name: str) -> type[Algorithm]:
+    """ValueError unless it is a dataclass that derives from `Algorithm` and has `targets` and `loss`."""
+    if not isinstance(found, type) or not issubclass(found, Algorithm):
+        raise ValueError(f"algo: {name!r} must be a subclass of torchbandit.learn.Algorithm, got {found!r}")
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if missing:
+        raise ValueError(f"algo: {name!r} must define {' and '.join(missing)}; see torchbandit.learn.Algorithm")
+    own = {key: hint for key, hint in vars(found).get("__annotations__", {}).items() if not _is_class_var(hint)}
+    bare = [key for key in own if key not in {field.name for field in dataclasses.fields(found)}]
+    if bare:
+        raise ValueError(
+            f"algo: {name!r} declares {bare[0]!r}, which is no option of it; decorate the class with "
+            "@dataclass(frozen=True)"
+        )
+    return found
+
+
+def _is_class_var(hint: Any) -> bool:
+    if isinstance(hint, str):
+        return hint.startswith(("ClassVar", "typing.ClassVar"))
+    return hint is ClassVar or get_origin(hint) is ClassVar
+
+
+def name_of(algorithm: Algorithm) -> str:
+    """What an algorithm is called: its name in `ALGORITHMS`, else its class's."""
+    return next((name for name, cls in ALGORITHMS.items() if cls is type(algorithm)), type(algorithm).__name__)
+
+
+def make_algorithm(name: str, options: dict[str, Any]) -> Algorithm:
+    """The algorithm with these options.
+
+    Raises:
+        ValueError: the name leads to none, it has no such option (those that have it are named), or a value is refused.
+    """
+    cls = find_algorithm(name)
+    own = [field.name for field in dataclasses.fields(cls)]
+    for option in options:
+        if option not in own:
+            raise ValueError(unknown_option(option, name, own))
+    return cls(**options)
+
+
+def unknown_option(option: str, name: str, own: list[str]) -> str:
+    """Why an algorithm refuses an option: who has it, or what comes nearest."""
+    owners = owners_of(option)
+    if owners:
+        return f"{option}: is no option of {name}; {', '.join(owners)} {'has' if len(owners) == 1 else 'have'} it"
+    near = difflib.get_close_matches(option, own, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(own) or 'none'}"
+    return f"{option}: is no option of {name}; {hint}"
+
+
+def owners_of(option: str) -> list[str]:
+    """The names of the algorithms that have an option."""
+    return [name for name, cls in ALGORITHMS.items() if option in {field.name for field in dataclasses.fields(cls)}]
