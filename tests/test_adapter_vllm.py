@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -11,12 +12,16 @@ from fakes import byte_tokenizer, tiny_lm
 from torch.testing import assert_close
 
 from torchbandit import batch
-from torchbandit.adapters.vllm import IMPORTANCE_WEIGHTS, SAMPLER_LOG_PROBS, VLLMEngine
+from torchbandit.adapters.vllm import VLLMEngine
 from torchbandit.env import BanditEnv
 from torchbandit.generation import Sampling
+from torchbandit.learn import PPO
+from torchbandit.learn.completed import with_log_probs
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.prompts import PromptSet
 from torchbandit.testing import check_env
+from torchbandit.train.loop import BanditTrainer
+from torchbandit.train.options import LoopOptions
 
 TEXTS = [f"prompt number {i}" + "!" * (i % 5) for i in range(8)]
 T = 6
@@ -86,8 +91,9 @@ def test_what_is_asked_and_what_is_written(parts):
     assert first.stop_token_ids == [258] and first.ignore_eos and not hasattr(first, "top_k")
     engine(td)
     assert len({p.seed for _, params in llm.calls for p in params}) == 16, "no request repeats another's draws"
-    assert_close(out[SAMPLER_LOG_PROBS], out[batch.LOG_PROBS], rtol=1e-4, atol=1e-4)
-    assert_close(out[IMPORTANCE_WEIGHTS], out[batch.RESPONSE_MASK].float(), rtol=1e-4, atol=1e-4)
+    assert batch.LOG_PROBS not in out.keys(True, True), "the policy's own are computed where they are read"
+    out = with_log_probs(out, policy, group_size=2)
+    assert_close(out[batch.SAMPLER_LOG_PROBS], out[batch.LOG_PROBS], rtol=1e-4, atol=1e-4)
     assert out[batch.VALUES].shape == (8, T) and not out[batch.LOG_PROBS].requires_grad
     assert env.step(out)["next", "reward"].isfinite().all()
 
@@ -98,18 +104,21 @@ def test_the_contract_holds(parts):
     class Engine:
         stop_ids, sampling = policy.stop_ids, policy.sampling
         engine = VLLMEngine(StandIn(policy), policy)
-        generate = lambda self, td, **_: self.engine(td)
+        generate = lambda self, td, **_: with_log_probs(self.engine(td), policy)
 
     check_env(env, Engine())
 
 
-def test_the_mismatch_is_weighed_and_truncated(parts):
+def test_a_trainer_weighs_the_mismatch(parts):
+    """Log-probs off by a constant: every token's weight is exp(-off), truncated at the cap, and is said."""
     policy, env = parts
-    td = env.reset()
-    for off, weight in ((0.5, 0.6065), (-0.3, 1.3499), (-3.0, 2.0)):
-        out = VLLMEngine(StandIn(policy, off), policy)(td)
-        expected = weight * out[batch.RESPONSE_MASK].float()
-        assert_close(out[IMPORTANCE_WEIGHTS], expected, rtol=1e-3, atol=1e-3)
+    for off, weight, cut in ((0.5, 0.6065, 0.0), (-0.3, 1.3499, 0.0), (-3.0, 2.0, 1.0)):
+        engine = VLLMEngine(StandIn(policy, off), policy)
+        trainer = BanditTrainer(env, policy, PPO(), LoopOptions(steps=1, lr=0.0), generate=engine)
+        metrics = trainer.step()
+        assert metrics["mismatch/weight"] == pytest.approx(weight, rel=1e-3)
+        assert metrics["mismatch/cut"] == cut
+        assert metrics["mismatch/weight_max"] == pytest.approx(math.exp(-off), rel=1e-3)
 
 
 def test_what_cannot_be_used_is_refused(parts):

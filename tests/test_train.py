@@ -44,7 +44,10 @@ def make_trainer(
     prompts = PromptSet.from_texts([f"prompt {i}" for i in range(32)], tokenizer, max_length=32)
     env = BanditEnv(prompts, reward, num_prompts=num_prompts, group_size=group_size)
     policy = CausalLMPolicy(
-        tiny_lm(), tokenizer, sampling=Sampling(max_new_tokens=8), critic="head" if ALGORITHMS[algo].needs_critic else None
+        tiny_lm(),
+        tokenizer,
+        sampling=Sampling(max_new_tokens=8),
+        critic=critic,
     )
     own = {field.name for field in dataclasses.fields(ALGORITHMS[algo])}
     algorithm = ALGORITHMS[algo](**{name: options.pop(name) for name in list(options) if name in own})
@@ -53,7 +56,7 @@ def make_trainer(
 
 @pytest.mark.parametrize(
     ("algo", "options"),
-    [("ppo", {}), ("rloo", {}), ("grpo", {}), ("dr_grpo", {"drop_constant_groups": True}), ("remax", {})],
+    [("ppo", {}), ("rloo", {}), ("grpo", {}), ("dr_grpo", {"drop_constant_groups": True})],
 )
 def test_it_learns(algo, options):
     trainer = make_trainer(algo, epochs=2, minibatches=2, **options)
@@ -86,7 +89,7 @@ def test_all_microbatches_of_an_update_are_laid_out_with_one_copy_to_the_host(mo
     """Lengths of prompts, responses and pretraining rows, for every microbatch and model at once."""
     corpus = Corpus.from_texts([f"document {i}" for i in range(20)], byte_tokenizer())
     trainer = make_trainer("ppo", micro_batch_size=12, ptx_coef=0.3, corpus=corpus)
-    made, update = [], trainer.update
+    made, update = [], trainer.update.update
 
     def watched(minibatch):
         with count_host_copies() as copies:
@@ -94,12 +97,12 @@ def test_all_microbatches_of_an_update_are_laid_out_with_one_copy_to_the_host(mo
         made.append((list(copies), -(-len(minibatch) // 12)))
         return out
 
-    monkeypatch.setattr(trainer, "update", watched)
+    monkeypatch.setattr(trainer.update, "update", watched)
     trainer.step()
     assert made == [(["Tensor.tolist()"], 6)]
 
 
-@pytest.mark.parametrize("algo", ["ppo", "rloo"])
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
 def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path, algo):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
     script = str(HERE / "two_ranks.py")
@@ -116,9 +119,9 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path, algo):
     for alone, shared in zip(one["lines"], two["lines"], strict=True):
         for name, value in alone.items():
             if not name.startswith(("time/", "samples_per_s", "packing/")):  # packing is of this rank
-                assert shared[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+                assert shared[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
     moved = torch.tensor(one["weights"]) - torch.tensor(two["weights"])
-    assert (moved.abs() > 2e-5).float().mean() < 0.01
+    assert moved.abs().max() < 1e-6
 
 
 def test_unscorable_rows_are_left_out_and_counted():
@@ -152,7 +155,7 @@ def test_more_than_half_unscorable_stops_with_the_reason():
         ("ppo", {"ptx_coef": 1.0}, "corpus: must be given with ptx_coef=1.0"),
         ("ppo", {"lam": 1.5}, "lam: must be at most 1"),
         ("ppo", {"steps": 0}, "steps: must be at least 1"),
-        ("dpo", {}, "algo: must be ppo, rloo or grpo"),
+        ("remax", {"refill": True, "group_size": 1}, "refill: compares the rewards of a group"),
     ],
 )
 def test_bad_options(algo, options, words):
@@ -164,16 +167,16 @@ def test_truncated_sampling_is_refused_in_training():
     trainer = make_trainer()
     trainer.policy.sampling = Sampling(max_new_tokens=4, top_k=5)
     with pytest.raises(ValueError, match="training draws with a temperature above 0 alone"):
-        BanditTrainer(trainer.env, trainer.policy, LoopOptions())
+        BanditTrainer(trainer.env, trainer.policy, trainer.algorithm, LoopOptions())
     with pytest.raises(ValueError, match="training samples with a temperature above 0 alone"):
         TrainOptions(policy="a", prompts="b", reward_model=["c"], top_p=0.9)
 
 
 def test_a_part_can_be_changed_by_subclassing():
     class Doubled(BanditTrainer):
-        def loss(self, td, ptx, denominators, plans):
-            loss, metrics = super().loss(td, ptx, denominators, plans)
-            return 2 * loss, metrics | {"loss/doubled": 2 * loss.detach()}
+        def loss(self, out, targets, denominators):
+            loss, metrics = super().loss(out, targets, denominators)
+            return 2 * loss, metrics | {"doubled": 2 * loss.detach()}
 
     assert "loss/doubled" in make_trainer(kind=Doubled).step()
 

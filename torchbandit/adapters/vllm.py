@@ -1,8 +1,8 @@
 """vLLM as the engine that answers prompts: one callable that writes the response keys. (B, P, T: see batch.py.)
 
 The engine computes its log-probs with other kernels, and perhaps other weights, than the policy that learns from them.
-So both are kept: the policy's own as ("log_probs","response"), the engine's as ("log_probs","sampler"), and their
-truncated ratio as `importance_weights`, the `weights` of every loss in `torchbandit.losses`.
+So the engine's are written as ("log_probs","sampler"). The trainer computes the policy's own where they are absent, and
+weighs what it learns by their ratio (`LoopOptions(mismatch=…)`).
 """
 
 from __future__ import annotations
@@ -16,38 +16,33 @@ from torch import Tensor
 
 from torchbandit import batch
 from torchbandit.generation import Sampling
-from torchbandit.losses import importance_weights
 from torchbandit.policy import CausalLMPolicy
-
-SAMPLER_LOG_PROBS = ("log_probs", "sampler")
-IMPORTANCE_WEIGHTS = "importance_weights"
 
 
 class VLLMEngine:
     """Answers prompts with a `vllm.LLM` in place of `policy.generate`.
 
         llm = vllm.LLM(path, logprobs_mode="processed_logprobs", enable_prefix_caching=True)
-        engine = VLLMEngine(llm, policy)
-        td = env.step(engine(env.reset()))
+        trainer = BanditTrainer(env, policy, GRPO(), options, generate=VLLMEngine(llm, policy))
 
     Prompts and responses go through lists on the host, since that is vLLM's interface. Bringing the policy's updates
-    to `llm` is left to the caller. `logprobs_mode` makes vLLM report log-probs at the sampling temperature.
+    to `llm` is left to the caller, and so is `llm.reset_prefix_cache()` after it: without it vLLM answers from keys of the
+    old weights. `logprobs_mode` makes vLLM report log-probs at the sampling temperature.
 
     Args:
         llm: anything with vLLM's `generate(prompts, sampling_params, use_tqdm=...)`.
-        policy: scores what the engine said; its sampling, stop and pad ids are used.
-        cap: the greatest importance weight.
+        policy: its sampling, stop and pad ids are used.
         seed: of the requests; every call and row gets its own.
     Raises:
         ValueError: the policy samples with top-k, top-p or temperature 0, for which a ratio of log-probs has no
             meaning.
     """
 
-    def __init__(self, llm: Any, policy: CausalLMPolicy, *, cap: float = 2.0, seed: int = 0) -> None:
+    def __init__(self, llm: Any, policy: CausalLMPolicy, *, seed: int = 0) -> None:
         sampling: Sampling = policy.sampling
         if sampling.temperature == 0 or sampling.top_k or sampling.top_p < 1:
             raise ValueError(f"policy: must sample with temperature alone (above 0) for training, got {sampling}")
-        self.llm, self.policy, self.cap = llm, policy, cap
+        self.llm, self.policy = llm, policy
         self.seed, self.calls = seed, 0
 
     def __call__(self, td: TensorDictBase) -> TensorDict:
@@ -56,8 +51,8 @@ class VLLMEngine:
         Args:
             td: reads ("tokens","prompt") [B, P] int64 and ("masks","prompt") [B, P] bool.
         Returns:
-            td's keys and those of `policy.generate`, with ("log_probs","sampler") [B, T] float32, the engine's, and
-            `importance_weights` [B, T] float32, min(policy / engine, cap) a token. td is left as it was.
+            td's keys, ("tokens"|"masks","response") [B, T], `finished` and `temperature` [B], and the engine's
+            log-probs as ("log_probs","sampler") [B, T] float32. td is left as it was.
         Raises:
             ValueError: the engine reported no log-probs, or more tokens than asked for.
         """
@@ -98,17 +93,8 @@ class VLLMEngine:
         written: dict[batch.Key, Tensor] = {
             batch.RESPONSE: tokens, batch.RESPONSE_MASK: real, batch.FINISHED: finished,
             batch.TEMPERATURE: torch.full((len(said),), float(self.policy.sampling.temperature)),
-            SAMPLER_LOG_PROBS: sampler,
+            batch.SAMPLER_LOG_PROBS: sampler,
         }  # fmt: skip
         for key, value in written.items():
             out.set(key, value.to(device))
-        with torch.no_grad():
-            scores = self.policy(out)
-        out.set(batch.LOG_PROBS, scores["log_probs"])
-        if self.policy.has_critic:
-            out.set(batch.VALUES, scores["values"])
-        weights = importance_weights(
-            out[batch.LOG_PROBS], out[SAMPLER_LOG_PROBS], out[batch.RESPONSE_MASK], cap=self.cap
-        )
-        out.set(IMPORTANCE_WEIGHTS, weights)
         return out

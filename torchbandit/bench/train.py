@@ -23,6 +23,7 @@ from torchbandit.bench.generate import step_bytes
 from torchbandit.bench.models import llama, word_tokenizer
 from torchbandit.env import BanditEnv
 from torchbandit.generation import Sampling
+from torchbandit.learn import GRPO
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.prompts import PromptSet
 from torchbandit.rewards import KLPenalty
@@ -131,8 +132,8 @@ def ours(frame: Frame, work: Work, steps: int, warm: int) -> Line:
         prompts, [reward, KLPenalty(reference, coef=0.0)], num_prompts=work.num_prompts, group_size=work.group_size,
         device=device,
     )  # fmt: skip
-    options = LoopOptions(algo="grpo", loss_kl_coef=0.04, micro_batch_size=work.micro, lr=1e-6, steps=warm + steps)
-    trainer = BanditTrainer(env, policy, options, accelerator=accelerator)
+    options = LoopOptions(loss_kl_coef=0.04, micro_batch_size=work.micro, lr=1e-6, steps=warm + steps)
+    trainer = BanditTrainer(env, policy, GRPO(), options, accelerator=accelerator)
     begin = time.perf_counter()
     first = trainer.step()
     frame.wait()

@@ -17,11 +17,12 @@ def at_least(least: float, **options: float | None) -> None:
     """ValueError for an option below `least`, or NaN; None passes."""
     for name, value in options.items():
         if value is not None and not value >= least:
-            raise ValueError(f"{name}: must be at least {least}, got {value}")
+            raise ValueError(f"{name}: must be at least {least:g}, got {value}")
 
 
 def within(low: float, high: float, **options: float) -> None:
     """ValueError for an option outside [low, high], or NaN."""
     for name, value in options.items():
-        if not low <= value <= high:
-            raise ValueError(f"{name}: must be {low} to {high}, got {value}")
+        at_least(low, **{name: value})
+        if value > high:
+            raise ValueError(f"{name}: must be at most {high:g}, got {value}")

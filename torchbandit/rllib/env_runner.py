@@ -28,10 +28,10 @@ from torch import Tensor
 
 from torchbandit.clock import Clock
 from torchbandit.env import BanditEnv
+from torchbandit.learn.metrics import reward_metrics, to_host
 from torchbandit.rllib.env_fn import call_env_fn, check_tokenizers
 from torchbandit.rllib.module import PLACEHOLDER, CausalLMModule, empty_module, here, same_algorithms
 from torchbandit.rllib.wire import flatten, pack, to_array, unpack
-from torchbandit.learn.metrics import reward_metrics, to_host
 
 PLACE = "place"
 
