@@ -43,6 +43,7 @@ def make_trainer(
     tokenizer = byte_tokenizer()
     prompts = PromptSet.from_texts([f"prompt {i}" for i in range(32)], tokenizer, max_length=32)
     env = BanditEnv(prompts, reward, num_prompts=num_prompts, group_size=group_size)
+    critic = "head" if ALGORITHMS[algo].needs_critic else None
     policy = CausalLMPolicy(
         tiny_lm(),
         tokenizer,

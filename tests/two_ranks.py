@@ -44,6 +44,7 @@ def main(out: str, algo: str) -> None:
     prompts = PromptSet.from_texts([f"prompt {i}" + "?" * (i % 4) for i in range(16)], tokenizer, max_length=32)
     terms = [RewardModel(tiny_reward_model(), normalize="running"), KLPenalty(tiny_lm(seed=3), coef=0.1, target=2.0)]
     env = BanditEnv(prompts, terms, num_prompts=8 // world, group_size=2)
+    critic = "head" if ALGORITHMS[algo].needs_critic else None
     policy = Scripted(
         tiny_lm(),
         tokenizer,

@@ -26,8 +26,8 @@ class VLLMEngine:
         trainer = BanditTrainer(env, policy, GRPO(), options, generate=VLLMEngine(llm, policy))
 
     Prompts and responses go through lists on the host, since that is vLLM's interface. Bringing the policy's updates
-    to `llm` is left to the caller, and so is `llm.reset_prefix_cache()` after it: without it vLLM answers from keys of the
-    old weights. `logprobs_mode` makes vLLM report log-probs at the sampling temperature.
+    to `llm` is left to the caller, and so is `llm.reset_prefix_cache()` after it: without it vLLM answers from keys of
+    the old weights. `logprobs_mode` makes vLLM report log-probs at the sampling temperature.
 
     Args:
         llm: anything with vLLM's `generate(prompts, sampling_params, use_tqdm=...)`.
