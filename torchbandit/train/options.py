@@ -45,7 +45,10 @@ class LoopOptions:
         ptx_batch_size: Pretraining rows an update. Default: as many as the update has rows.
         seed: Of prompts, sampling and minibatches.
         out: Folder of the run. Default: runs/NAME.
-        save_every: Steps between checkpoints; 0 for the end alone.
+        save_every: Steps between checkpoints; 0 for none by steps.
+        save_minutes: Minutes between checkpoints, at most, beside save_every; 0 for none by the clock. With both 0 a
+            checkpoint is written at the end alone, else also after the first step.
+        keep_checkpoints: How many of the last checkpoints are kept.
         log_with: Trackers of accelerate: tensorboard, wandb, …
     """
 
@@ -75,13 +78,15 @@ class LoopOptions:
     seed: int = 0
     out: str = ""
     save_every: int = 50
+    save_minutes: float = 10.0
+    keep_checkpoints: int = 2
     log_with: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         least: dict[str, float] = dict(
             steps=1, epochs=1, minibatches=1, micro_batch_size=1, lr=0, warmup_steps=0, weight_decay=0,
             max_grad_norm=0, clip=0, clip_high=0, value_clip=0, value_coef=0, gamma=0, lam=0, loss_kl_coef=0,
-            ptx_coef=0, ptx_batch_size=1, save_every=0, seed=0,
+            ptx_coef=0, ptx_batch_size=1, save_every=0, save_minutes=0, keep_checkpoints=1, seed=0,
         )  # fmt: skip
         for name, floor in least.items():
             value = getattr(self, name)
@@ -135,6 +140,7 @@ class TrainOptions(LoopOptions):
         places: Rows in the decode cache at a time. Default: a whole batch.
         name: Name of the run.
         resume: Go on from the checkpoint in `out`.
+        extend: At a resume with other steps, stretch the schedule of the learning rate to the new length, from here on.
         num_samples: Prompts of samples.md.
         engine: local, or rllib.
         env_runners: Env runners of the rllib engine.
@@ -174,6 +180,7 @@ class TrainOptions(LoopOptions):
     places: int | None = None
     name: str | None = None
     resume: bool = False
+    extend: bool = False
     num_samples: int = 8
     engine: Literal["local", "rllib"] = "local"
     env_runners: int = 0
@@ -206,6 +213,8 @@ class TrainOptions(LoopOptions):
             raise ValueError(
                 f"env_runners={self.env_runners}, learners={self.learners}: are of the rllib engine; add --engine rllib"
             )
+        if self.extend and not self.resume:
+            raise ValueError("extend: is of a run that goes on; add --resume, or leave it out")
         if self.ptx_coef and self.ptx_data is None:
             raise ValueError(f"ptx_data: must be given with ptx_coef={self.ptx_coef}, got none")
         self.out = self.out or f"runs/{self.name or 'torchbandit'}"
