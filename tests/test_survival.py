@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
-import shutil
+import select
 import signal
 import socket
 import subprocess
@@ -22,6 +22,7 @@ from fakes import byte_tokenizer, tiny_lm, tiny_reward_model
 from safetensors.torch import load_file
 
 from torchbandit.train import checkpoint, folder, lock, report, steps
+from torchbandit.train.options import TrainOptions
 from torchbandit.train.signals import StoppedAtOnce, stop_signals
 
 HERE = Path(__file__).parent
@@ -36,7 +37,8 @@ class Runs:
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "forks.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=env | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL,
+            # Autograd's threads for a GPU would not live on in forks.
+            env=env | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self.given = dict(
             policy=root / "lm", reward_model=root / "rm", prompts=root / "prompts.jsonl", num_prompts=4, group_size=2,
@@ -48,17 +50,17 @@ class Runs:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def start(self, out: Path, *more: str, first: str = "", **asked: Any) -> int:
+    def start(self, out: Path, *more: str, **asked: Any) -> int:
         options = [word for key, value in self.given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
         log = str(out.with_suffix(".log"))
         argv = ["train", *options, "--out", str(out), "--steps", str(STEPS), *more]
-        return self.ask(argv=argv, log=log, first=first, **asked)
+        return self.ask(argv=argv, log=log, **asked)
 
     def end(self, pid: int) -> int:
         return self.ask(wait=pid)
 
-    def __call__(self, out: Path, *more: str, first: str = "", **asked: Any) -> int:
-        return self.end(self.start(out, *more, first=first, **asked))
+    def __call__(self, out: Path, *more: str, **asked: Any) -> int:
+        return self.end(self.start(out, *more, **asked))
 
     def said(self, out: Path) -> str:
         return out.with_suffix(".log").read_text()
@@ -72,6 +74,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         tokenizer.save_pretrained(root / name)
     (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
     made = Runs(root)
+    assert made.start(root / "whole", here=True) == 0
     yield made
     made.process.stdin.close()
     made.process.wait(60)
@@ -80,9 +83,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 @pytest.fixture(scope="module")
 def whole(runs: Runs) -> Path:
     """A run that nothing has disturbed."""
-    out = runs.root / "whole"
-    assert runs(out) == 0, runs.said(out)
-    return out
+    return runs.root / "whole"
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
@@ -128,21 +129,26 @@ sys.addaudithook(hook)
 
 
 @pytest.mark.parametrize(
-    ("first", "saved"),
+    ("first", "every", "saved"),
     [
-        (in_step(3, KILL), 1),  # before save_every: the checkpoint after the first step is there
-        (AT_FILE.format(event="open", name="checkpoint.new/options.json", count=2), 1),  # the second one, half written
-        (AT_FILE.format(event="os.rename", name="checkpoint.new", count=2), 2),  # neither has its name just then
+        (in_step(3, KILL), 50, 1),  # long before save_every
+        (
+            AT_FILE.format(event="open", name="checkpoint.new/options.json", count=4),
+            2,
+            1,
+        ),  # the second one, half written
+        (AT_FILE.format(event="os.rename", name="checkpoint.new", count=2), 2, 2),  # whole, and without its name yet
     ],
     ids=["in a step", "in a write", "between renames"],
 )
 def test_after_kill_9_a_run_goes_on_bit_for_bit(
-    runs: Runs, whole: Path, tmp_path: Path, first: str, saved: int
+    runs: Runs, whole: Path, tmp_path: Path, first: str, every: int, saved: int
 ) -> None:
     out = tmp_path / "run"
-    assert runs(out, "--save-every", "2", first=first) == -signal.SIGKILL
+    assert runs(out, "--save-every", str(every), first=first) == -signal.SIGKILL
     assert (out / "run.lock").exists()
-    assert runs(out) == 2 and "holds a run already; go on with --resume" in runs.said(out), "nothing is overwritten"
+    with pytest.raises(ValueError, match="holds a run already; go on with --resume"):
+        folder.check(out, resume=False)
     assert runs(out, "--resume") == 0, runs.said(out)
     assert f"{saved * 100 // STEPS}%" in runs.said(out).split("has ended without removing it; taken over")[1]
     same(out, whole)
@@ -156,40 +162,40 @@ def test_after_kill_9_before_the_first_step_a_run_begins_anew(runs: Runs, whole:
     same(out, whole)
 
 
+def killed_at(count: int, directory: Path, policy: torch.nn.Module) -> int:
+    """Exit code of a process that writes the third checkpoint and is killed at its file operation `count`."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    seen = []
+
+    def hook(event: str, args: Any) -> None:
+        if any(str(directory.parent) in str(arg) for arg in args):
+            seen.append(event)
+            if len(seen) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    checkpoint.save(directory, policy, {"steps_done": 3}, {"lr": 1}, keep=2)
+    os._exit(0)
+
+
 def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """The third checkpoint is killed at its first operation, its second, ... until none is left to be killed at."""
-    policy = torch.nn.Linear(3, 2)
-    ends = []
-    for count in range(1, 200):
-        directory = tmp_path / str(count) / "checkpoint"
-        for step in (1, 2):
+    policy, ends, code = torch.nn.Linear(3, 2), [], -signal.SIGKILL
+    while code:
+        directory = tmp_path / str(len(ends)) / "checkpoint"
+        for step in (1, 2, 3):
             policy.weight.data.fill_(step)
-            checkpoint.save(directory, policy, {"steps_done": step}, {"lr": 1}, keep=2)
-        policy.weight.data.fill_(3)
-        pid = os.fork()
-        if pid == 0:
-            seen = []
-
-            def hook(event: str, args: Any) -> None:
-                if any(str(directory.parent) in str(arg) for arg in args):
-                    seen.append(event)
-                    if len(seen) == count:  # noqa: B023
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(hook)
-            checkpoint.save(directory, policy, {"steps_done": 3}, {"lr": 1}, keep=2)
-            os._exit(0)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if step < 3:
+                checkpoint.save(directory, policy, {"steps_done": step}, {"lr": 1}, keep=2)
+        code = killed_at(len(ends) + 1, directory, policy)
         with pytest.raises(ValueError, match="holds a run already"):
             folder.check(directory.parent, resume=False)
         folder.recover(directory)
         done = checkpoint.load(directory, policy, {"lr": 1})["steps_done"]
         assert bool((policy.weight == done).all())
         ends.append(done)
-        if code == 0:
-            break
-    assert code == 0 and set(ends) == {2, 3} and ends == sorted(ends), ends
-    assert len(ends) > 10 and sorted(p.name for p in directory.parent.iterdir()) == ["checkpoint", "checkpoint.step2"]
+    assert set(ends) == {2, 3} and ends == sorted(ends) and len(ends) > 10, ends
+    assert sorted(path.name for path in directory.parent.iterdir()) == ["checkpoint", "checkpoint.step2"]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
@@ -258,10 +264,11 @@ def test_a_closed_terminal_does_not_keep_a_run_from_saving(runs: Runs, tmp_path:
     )
     first = f"import os\nos.chdir({str(tmp_path)!r})\n{first}"
     pid = runs.start(out, "--save-every", "0", first=first, tty=os.ttyname(theirs))
-    os.close(theirs)
     told = b""
     while not (tmp_path / "here").exists():
-        told += os.read(terminal, 1000)
+        if select.select([terminal], [], [], 0.05)[0]:
+            told += os.read(terminal, 1000)
+    os.close(theirs)
     os.close(terminal)  # the kernel sends SIGHUP, and every write fails from now on
     time.sleep(0.1)
     (tmp_path / "gone").touch()
@@ -295,14 +302,13 @@ def test_a_full_disk_under_the_metrics_costs_no_line(runs: Runs, whole: Path, tm
     same(out, whole)
 
 
-def test_a_full_disk_under_the_lock_is_told(runs: Runs, tmp_path: Path) -> None:
+def test_a_full_disk_under_the_lock_is_told(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     assert runs(out, first=f"import resource\n{limit('0')}") == 1  # the log itself stays empty
-    with pytest.raises(OSError, match=r"run.lock: could not be written \(No space left.*make room there, or name"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lock, "_create", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-            with folder.claim(out, resume=False):
-                pass
+    monkeypatch.setattr(lock, "_create", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    told = r"run.lock: could not be written \(No space left.*make room there, or name"
+    with pytest.raises(OSError, match=told), folder.claim(out, resume=False):
+        pass
     assert not list(out.iterdir())
 
 
@@ -386,13 +392,15 @@ def test_the_last_checkpoints_are_kept(runs: Runs, whole: Path, tmp_path: Path) 
     (out / "checkpoint.step4" / "rank0.pt").unlink()
     assert runs(out, "--resume") == 0, runs.said(out)
     told = "resume: checkpoint is damaged (policy.safetensors is not as it was written); checkpoint.step4 is damaged "
-    told += "(rank0.pt is missing); it is now checkpoint.damaged. Going on from checkpoint.step3, after step 3"
-    assert f"warning: {told}" in runs.said(out)
+    told += "(rank0.pt is missing). Set aside as checkpoint.damaged, checkpoint.step4.damaged; going on from "
+    assert f"warning: {told}checkpoint.step3, after step 3" in runs.said(out)
     same(out, whole)
+    assert step_of(out / "checkpoint.step3") == 3
     for name in ("checkpoint", "checkpoint.step3"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    (out / "checkpoint.step2").mkdir()
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole: checkpoint.step2 is damaged"):
+        (out / name / "files.rank0.json").unlink()
+    with pytest.raises(
+        ValueError, match="no checkpoint in .* is whole: checkpoint is dam.*checkpoint.step3 is dam.*new"
+    ):
         folder.recover(out / "checkpoint")
 
 
@@ -418,20 +426,41 @@ def test_when_a_checkpoint_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_schedule_is_part_of_what_a_run_is(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    linear = ("--schedule", "linear", "--steps")
+    linear = ("--schedule", "linear", "--num-samples", "1", "--steps")
     assert runs(out, *linear, "2") == 0, runs.said(out)
-    assert runs(out, *linear, "4", "--resume") == 2
-    assert "steps: was 2, is now 4, and the linear schedule of the learning rate depends on it" in runs.said(out)
+    assert runs(out, *linear, "3", "--resume") == 2
+    assert "steps: was 2, is now 3, and the linear schedule of the learning rate depends on it" in runs.said(out)
     assert "Use --steps 2, or add --extend" in runs.said(out) and len(metrics(out)) == 2
-    assert runs(out, *linear, "1", "--resume", "--extend") == 2
-    assert "steps: the run has done 2 steps; must be at least that, got 1" in runs.said(out)
-    assert runs(out, *linear, "4", "--extend") == 2 and "extend: is of a run that goes on" in runs.said(out)
-    assert runs(out, *linear, "4", "--resume", "--extend") == 0, runs.said(out)
-    assert "extend: from step 3 on the learning rate follows the linear schedule of 4 steps" in runs.said(out)
-    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
-    with pytest.raises(ValueError, match="steps: was 4, is now 3, and the cosine schedule"):
-        folder._check_steps({"steps_done": 1, "steps": 4}, {"steps": 3, "schedule": "cosine", "extend": False})
-    folder._check_steps({"steps_done": 1, "steps": 4}, {"steps": 3, "schedule": "constant", "extend": False})
+    assert runs(out, *linear, "3", "--resume", "--extend") == 0, runs.said(out)
+    assert "extend: from step 3 on the learning rate follows the linear schedule of 3 steps" in runs.said(out)
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_other_steps_at_a_resume(tmp_path: Path, schedule: str) -> None:
+    def find(steps: int, extend: bool = False) -> int:
+        options = {"steps": steps, "schedule": schedule, "extend": extend}
+        return int(folder.find(tmp_path / "checkpoint", options)["steps_done"])
+
+    saved = {"steps": 8, "schedule": schedule, "extend": False}
+    folder.write(tmp_path / "checkpoint", lambda _: None, 4, saved)
+    assert find(8) == 4
+    for extend in (False, True):
+        with pytest.raises(ValueError, match="steps: the run has done 4 steps; must be at least that, got 3"):
+            find(3, extend)
+    for other in (6, 16):
+        if schedule == "constant":
+            assert find(other) == find(other, extend=True) == 4
+        else:
+            with pytest.raises(ValueError, match=f"steps: was 8, is now {other}, and the {schedule} .* add --extend"):
+                find(other)
+            with pytest.warns(UserWarning, match=f"from step 5 on .* {schedule} schedule of {other} steps, no longer"):
+                assert find(other, extend=True) == 4
+
+
+def test_extend_is_of_a_resume() -> None:
+    with pytest.raises(ValueError, match="extend: is of a run that goes on; add --resume"):
+        TrainOptions(policy="a", prompts="b", reward_model=["c"], extend=True)
 
 
 def test_half_a_step_is_not_saved(runs: Runs, whole: Path, tmp_path: Path) -> None:

@@ -56,7 +56,9 @@ def train(options: TrainOptions) -> Path:
         done = 0
         if options.resume:
             folder.recover(out / "checkpoint")
-            done = local.find_run(out, asdict(options), FREE)
+            # RLlib's schedule is over rows, of which a step has as many as the env runners give it.
+            paced = options.schedule != "constant" or options.warmup_steps > 0
+            done = local.find_run(out, asdict(options), FREE - {"env_runners"} if paced else FREE)
         # Ray has a way of its own with SIGTERM, from its start on.
         with _cluster(options, device), stop_signals(patient=False):
             algo = to_config(options, device).build_algo()

@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torchbandit.train import lock
 
@@ -151,14 +151,13 @@ def _flush(path: Path) -> list[int]:
     """A file's size and checksum, once the disk has it."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return _sum(path)
+        return _sum(file)
 
 
-def _sum(path: Path) -> list[int]:
+def _sum(file: BinaryIO) -> list[int]:
     size = crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            size, crc = size + len(block), zlib.crc32(block, crc)
+    while block := file.read(1 << 24):
+        size, crc = size + len(block), zlib.crc32(block, crc)
     return [size, crc]
 
 
@@ -181,28 +180,30 @@ def recover(directory: Path) -> None:
     Raises:
         ValueError: none is whole.
     """
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     for path in _candidates(directory):
         problem = damage(path)
         if problem is None:
             break
-        damaged.append(f"{path.name} is damaged ({problem})")
+        damaged[path] = f"{path.name} is damaged ({problem})"
     else:
         raise ValueError(
-            f"resume: no checkpoint in {directory.parent} is whole: {'; '.join(damaged)}. Begin a new run, in another "
-            "folder (--out)"
+            f"resume: no checkpoint in {directory.parent} is whole: {'; '.join(damaged.values())}. Begin a new run, in "
+            "another folder (--out)"
         )
+    for other in damaged:
+        aside = other.with_name(other.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(other, aside)
     if path != directory:
-        if directory.exists():
-            aside = directory.with_name(directory.name + ".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(directory, aside)
-            damaged.append(f"it is now {aside.name}")
         os.replace(path, directory)
         _flush_folder(directory.parent)
-        if damaged:
-            told = "; ".join(damaged)
-            warnings.warn(f"resume: {told}. Going on from {path.name}, after step {_step(directory)}", stacklevel=2)
+    if damaged:
+        warnings.warn(
+            f"resume: {'; '.join(damaged.values())}. Set aside as {', '.join(p.name + '.damaged' for p in damaged)}; going "
+            f"on from {path.name}, after step {_step(directory)}",
+            stacklevel=2,
+        )
     shutil.rmtree(directory.with_name(directory.name + ".new"), ignore_errors=True)
 
 
@@ -217,8 +218,9 @@ def damage(checkpoint: Path) -> str | None:
             for name, written in json.loads(note.read_text(encoding="utf-8"))["files"].items():
                 if not (checkpoint / name).is_file():
                     return f"{name} is missing"
-                if _sum(checkpoint / name) != written:
-                    return f"{name} is not as it was written"
+                with (checkpoint / name).open("rb") as file:
+                    if _sum(file) != written:
+                        return f"{name} is not as it was written"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return str(error)
     return None

@@ -86,26 +86,27 @@ class LocalEngine:
         self._rank = trainer.accelerator.process_index
         self._identity = identity(options, trainer.accelerator)
         self._position: dict[str, Any] = {}
-        self._versions: list[int] = []
+        self._learning = False
+        # Before the optimizer moves anything. (A fused one leaves no trace in the versions of the weights.)
+        trainer.optimizer.optimizer.register_step_pre_hook(self._note_learning)
 
     @property
     def steps_done(self) -> int:
         return self._trainer.steps_done
 
     def step(self) -> Metrics:
-        self._position, self._versions = self._trainer.position(), self._weight_versions()
+        self._position, self._learning = self._trainer.position(), False
         return self._trainer.step()
 
     def undo(self) -> bool:
         # A step that has begun to change the weights cannot be taken again as it would have been.
-        if self._trainer.world_size > 1 or self._weight_versions() != self._versions:
+        if self._trainer.world_size > 1 or self._learning:
             return False
         self._trainer.load_state_dict(self._trainer.state_dict() | self._position)
         return True
 
-    def _weight_versions(self) -> list[int]:
-        """Numbers that torch raises with every change in place of a weight that the optimizer steps."""
-        return [weight._version for group in self._trainer.optimizer.param_groups for weight in group["params"]]
+    def _note_learning(self, *_: Any) -> None:
+        self._learning = True
 
     def save(self) -> None:
         # The main process goes last: it is the one that puts the new checkpoint in place.
