@@ -1,7 +1,8 @@
 """Run by test_survival.py: a process that has imported everything and forks command lines, as starting takes seconds.
 
 A line of JSON asks for a run, `{"argv", "log", "first", "tty", "env"}`, answered by its process id, or for the exit
-code of one, `{"wait"}`. With `"here"` the run is this process's own, which is quicker, as are the forks after it. `first` is code that the run executes before its command line, to have itself killed somewhere.
+code of one, `{"wait"}`. `first` is code that the run executes before its command line, to have itself killed somewhere.
+With `"here"` the run is this process's own: what it loads for the first time is there for the forks after it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from torchbandit import cli
 from torchbandit.train import report
@@ -23,6 +25,7 @@ report.write_curve = lambda *_: None
 
 def fork(argv: list[str], log: str, first: str = "", tty: str = "", env: dict[str, str] | None = None) -> int:
     os.environ |= env or {}
+    AcceleratorState._reset_state(reset_partial_state=True)
     os.setsid()  # a session of its own, whose first terminal is its controlling one
     out = os.open(tty or log, os.O_RDWR if tty else os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for number in (1, 2):

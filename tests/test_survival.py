@@ -26,7 +26,7 @@ from torchbandit.train.options import TrainOptions
 from torchbandit.train.signals import StoppedAtOnce, stop_signals
 
 HERE = Path(__file__).parent
-STEPS = 5
+STEPS = 4
 
 
 class Runs:
@@ -42,7 +42,7 @@ class Runs:
         )  # fmt: skip
         self.given = dict(
             policy=root / "lm", reward_model=root / "rm", prompts=root / "prompts.jsonl", num_prompts=4, group_size=2,
-            max_new_tokens=6, lr=1e-3, device="cpu", num_samples=2, normalize_reward="running", minibatches=2,
+            max_new_tokens=4, lr=1e-3, device="cpu", num_samples=1, normalize_reward="running", minibatches=2,
         )  # fmt: skip
 
     def ask(self, **asked: Any) -> int:
@@ -69,10 +69,10 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     root, tokenizer = tmp_path_factory.mktemp("user"), byte_tokenizer()
-    for name, model in (("lm", tiny_lm()), ("rm", tiny_reward_model())):
+    for name, model in (("lm", tiny_lm(num_hidden_layers=1)), ("rm", tiny_reward_model(num_hidden_layers=1))):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
+    (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(6)))
     made = Runs(root)
     assert made.start(root / "whole", here=True) == 0
     yield made
@@ -382,24 +382,24 @@ def test_whose_lock_it_is(tmp_path: Path) -> None:
 def test_the_last_checkpoints_are_kept(runs: Runs, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert runs(out, "--save-minutes", "1e-9", "--keep-checkpoints", "3") == 0, runs.said(out)
-    assert sorted(p.name for p in out.glob("checkpoint*")) == ["checkpoint", "checkpoint.step3", "checkpoint.step4"]
-    assert [step_of(out / name) for name in ("checkpoint", "checkpoint.step3")] == [5, 3]
+    assert sorted(p.name for p in out.glob("checkpoint*")) == ["checkpoint", "checkpoint.step2", "checkpoint.step3"]
+    assert [step_of(out / name) for name in ("checkpoint", "checkpoint.step2")] == [4, 2]
     # The newest is damaged in its middle, its size as it was; the next lacks a file.
     weights = out / "checkpoint" / "policy.safetensors"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
-    (out / "checkpoint.step4" / "rank0.pt").unlink()
+    (out / "checkpoint.step3" / "rank0.pt").unlink()
     assert runs(out, "--resume") == 0, runs.said(out)
-    told = "resume: checkpoint is damaged (policy.safetensors is not as it was written); checkpoint.step4 is damaged "
-    told += "(rank0.pt is missing). Set aside as checkpoint.damaged, checkpoint.step4.damaged; going on from "
-    assert f"warning: {told}checkpoint.step3, after step 3" in runs.said(out)
+    told = "resume: checkpoint is damaged (policy.safetensors is not as it was written); checkpoint.step3 is damaged "
+    told += "(rank0.pt is missing). Set aside as checkpoint.damaged, checkpoint.step3.damaged; going on from "
+    assert f"warning: {told}checkpoint.step2, after step 2" in runs.said(out)
     same(out, whole)
-    assert step_of(out / "checkpoint.step3") == 3
-    for name in ("checkpoint", "checkpoint.step3"):
+    assert step_of(out / "checkpoint.step2") == 2
+    for name in ("checkpoint", "checkpoint.step2"):
         (out / name / "files.rank0.json").unlink()
     with pytest.raises(
-        ValueError, match="no checkpoint in .* is whole: checkpoint is dam.*checkpoint.step3 is dam.*new"
+        ValueError, match="no checkpoint in .* is whole: checkpoint is dam.*checkpoint.step2 is dam.*new"
     ):
         folder.recover(out / "checkpoint")
 
@@ -475,12 +475,6 @@ def test_half_a_step_is_not_saved(runs: Runs, whole: Path, tmp_path: Path) -> No
     assert "step 3 failed; the checkpoint of step 1 is whole" in runs.said(out)
     assert runs(out, "--resume") == 0, runs.said(out)
     same(out, whole)
-    # Without the first update of the step: all that was done is there.
-    again = tmp_path / "again"
-    assert runs(again, first=first.replace("== 6", "== 5")) == 2
-    assert "step 3 failed; the checkpoint of step 2 is whole" in runs.said(again)
-    assert runs(again, "--resume") == 0, runs.said(again)
-    same(again, whole)
 
 
 def free_port() -> int:
@@ -503,6 +497,7 @@ def both(runs: Runs, out: Path, *more: str, first: tuple[str, str] = ("", "")) -
     return [runs.end(pid) for pid in pids]
 
 
+@pytest.mark.slow
 def test_all_processes_leave_together(runs: Runs, tmp_path: Path) -> None:
     """One of two gets the signal, and only the main one has a clock; both save and leave after the same step."""
     straight, out = tmp_path / "straight", tmp_path / "run"
@@ -526,7 +521,7 @@ def test_the_rllib_engine_survives_too(runs: Runs, tmp_path: Path) -> None:
     rllib = ("--engine", "rllib", "--save-every", "2", "--packing", "false")
     straight, out = tmp_path / "straight", tmp_path / "run"
     assert runs(straight, *rllib) == 0, runs.said(straight)
-    kill = AT_FILE.format(event="os.rename", name="checkpoint.new", count=3)  # that of step 4
+    kill = AT_FILE.format(event="os.rename", name="checkpoint.new", count=3)  # that of the last step
     assert runs(out, *rllib, first=kill) == -9
     assert runs(out, *rllib, "--resume") == 0, runs.said(out)
     same_steps = [line["step"] for line in metrics(out)]

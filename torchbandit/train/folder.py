@@ -200,8 +200,8 @@ def recover(directory: Path) -> None:
         _flush_folder(directory.parent)
     if damaged:
         warnings.warn(
-            f"resume: {'; '.join(damaged.values())}. Set aside as {', '.join(p.name + '.damaged' for p in damaged)}; going "
-            f"on from {path.name}, after step {_step(directory)}",
+            f"resume: {'; '.join(damaged.values())}. Set aside as {', '.join(p.name + '.damaged' for p in damaged)}; "
+            f"going on from {path.name}, after step {_step(directory)}",
             stacklevel=2,
         )
     shutil.rmtree(directory.with_name(directory.name + ".new"), ignore_errors=True)
