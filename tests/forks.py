@@ -46,7 +46,15 @@ def main() -> None:
         elif pid := os.fork():
             print(pid, flush=True)
         else:
-            sys.exit(fork(**asked))
+            code = 1
+            try:
+                code = fork(**asked)
+                if "tty" in asked:
+                    sys.exit(code)  # as a process ends by itself, to the last flush
+            finally:
+                if "tty" not in asked:  # taking the interpreter down takes longer than the run
+                    sys.stdout.flush()
+                    os._exit(code)
 
 
 if __name__ == "__main__":

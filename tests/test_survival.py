@@ -517,21 +517,20 @@ def test_all_processes_leave_together(runs: Runs, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_rllib_engine_survives_too(runs: Runs, tmp_path: Path) -> None:
+    """Killed while its second checkpoint has no name yet, then told to stop, then left alone."""
     pytest.importorskip("ray", reason="the rllib extra is not installed")
     rllib = ("--engine", "rllib", "--save-every", "2", "--packing", "false")
     straight, out = tmp_path / "straight", tmp_path / "run"
     assert runs(straight, *rllib) == 0, runs.said(straight)
-    kill = AT_FILE.format(event="os.rename", name="checkpoint.new", count=3)  # that of the last step
+    kill = AT_FILE.format(event="os.rename", name="checkpoint.new", count=2)
     assert runs(out, *rllib, first=kill) == -9
+    assert runs(out, *rllib, "--resume", first=RAY_TERM) == 143, runs.said(out)
+    assert "SIGTERM: stopped after step 3 of 4" in runs.said(out) and not (out / "run.lock").exists()
+    assert {path.name: step_of(path) for path in out.glob("checkpoint*")} == {"checkpoint": 3, "checkpoint.step2": 2}
     assert runs(out, *rllib, "--resume") == 0, runs.said(out)
-    same_steps = [line["step"] for line in metrics(out)]
-    assert same_steps == list(range(1, STEPS + 1)) and metrics(out) == metrics(straight)
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4] and metrics(out) == metrics(straight)
     one, other = (load_file(path / "policy/model.safetensors") for path in (out, straight))
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert runs(tmp_path / "term", *rllib, first=RAY_TERM) == 143, runs.said(tmp_path / "term")
-    assert step_of(tmp_path / "term" / "checkpoint") == 2 and not (tmp_path / "term" / "run.lock").exists()
-    assert runs(tmp_path / "term", *rllib, "--resume") == 0, runs.said(tmp_path / "term")
-    assert metrics(tmp_path / "term") == metrics(straight)
 
 
 RAY_TERM = """
@@ -539,7 +538,7 @@ import os, signal
 from torchbandit.rllib.algorithm import BanditPPO as A
 old = A.training_step
 def training_step(self):
-    if self.iteration == 1:
+    if self.iteration == 2:
         os.kill(os.getpid(), signal.SIGTERM)
     return old(self)
 A.training_step = training_step
