@@ -37,7 +37,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     given: dict[str, Any] = dict(
         policy=paths["policy"], reward_model=paths["reward"], prompts=prompts, ptx_data=paths["corpus.txt"],
         ptx_coef=0.1, ptx_length=32, num_prompts=4, group_size=4, max_new_tokens=T, minibatches=2, lr=1e-3,
-        save_every=0, device="cpu", schedule="linear", packing=False, num_samples=2,
+        save_every=0, save_minutes=0, device="cpu", schedule="linear", packing=False, num_samples=2,
     )  # fmt: skip
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -96,7 +96,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(own: list[str], tmp_path: Pat
         time.sleep(0.1)
     assert not left, left
     more = engine(own, out, done + 2, "2/2" if places == "2/1" else places)
-    assert main([*more, "--resume"]) == 0
+    assert main([*more, "--resume", "--extend"]) == 0
     assert [line["step"] for line in lines(out)] == list(range(1, done + 3))
     assert {path.name for path in out.iterdir()} == FILES
 
@@ -117,7 +117,10 @@ def test_files_of_the_local_engine(
     assert main([*engine(own, out, 3), "--resume"]) == 2 and "has done its 3 steps" in capsys.readouterr().err
     assert main([*engine(own, out, 4), "--resume", "--lr", "0.5"]) == 2
     assert "lr was 0.001, is now 0.5" in capsys.readouterr().err
-    assert main([*engine(own, out, 4), "--resume"]) == 0
+    assert main([*engine(own, out, 4), "--resume"]) == 2 and "add --extend" in capsys.readouterr().err
+    assert main([*engine(own, out, 4, "1/0"), "--resume", "--extend"]) == 2
+    assert "env_runners was 0, is now 1" in capsys.readouterr().err, "the schedule counts rows"
+    assert main([*engine(own, out, 4), "--resume", "--extend"]) == 0
     assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command is known and its options are read: he
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -38,15 +39,17 @@ def _train_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(options: Any) -> int:
-    from torchbandit.train.run import Interrupted
+    from torchbandit.train import folder
+    from torchbandit.train.signals import Interrupted
 
+    if folder.launched_rank() == 0:  # before models, or torch, are loaded for nothing
+        folder.check(Path(options.out), options.resume)
     # Both engines take the same options and leave the same files.
     train = importlib.import_module(f"torchbandit.{'rllib' if options.engine == 'rllib' else 'train'}.run").train
     try:
         train(options)
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 130
+        return _fail(stopped, 128 + stopped.number)
     return 0
 
 
@@ -109,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name; None takes the process's.
     Returns:
         exit code: 0; 1 where the system refused (a full disk); 2 for what the user can put right, with one message;
-        130 after Ctrl-C.
+        130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -134,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except OSError as error:
         return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as stopped:
+        return _fail(stopped if stopped.args else "interrupted", 128 + getattr(stopped, "number", 2))
 
 
 def read_options(command: str, argv: Sequence[str]) -> Any:
@@ -289,5 +292,6 @@ def _overview() -> str:
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal is gone; the exit code still tells
+        print(f"error: {error}", file=sys.stderr)
     return code

@@ -62,7 +62,8 @@ def _arm(seconds: float) -> None:
 def main() -> None:
     read_fd, write_fd, limit = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     tasks, results = Connection(read_fd, writable=False), Connection(write_fd, readable=False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's to handle: it ends its step first
+        signal.signal(number, signal.SIG_IGN)
     sys.path[:] = tasks.recv()
     try:
         fn = pickle.loads(tasks.recv_bytes())

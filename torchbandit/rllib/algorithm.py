@@ -40,6 +40,7 @@ class BanditPPO(PPO):
             ValueError: a runner could not be built (which, on what node, and why), or rows do not divide.
         """
         self._places: dict[int, dict[str, Any]] = {}
+        self._before: tuple[Any, dict[int, dict[str, Any]]] | None = None  # places, until a step begins to learn
         try:
             with same_algorithms():
                 super().setup(config)
@@ -104,8 +105,11 @@ class BanditPPO(PPO):
 
     def training_step(self) -> None:
         """Sample, learn, and send the new weights to every runner that has a module of its own."""
+        runner = self.env_runner_group.local_env_runner
+        self._before = None if runner is None else runner.place(), dict(self._places)
         with self.metrics.log_time((names.TIMERS, names.ENV_RUNNER_SAMPLING_TIMER)):
             batch = self._sample()
+        self._before = None
         started = time.perf_counter()
         with self.metrics.log_time((names.TIMERS, names.LEARNER_UPDATE_TIMER)):
             seen = self.metrics.peek((names.ENV_RUNNER_RESULTS, names.NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
@@ -126,6 +130,16 @@ class BanditPPO(PPO):
         self.metrics.log_value(("time", "learn_s"), learned - started, window=1)
         self.metrics.log_value(("time", "sync_s"), time.perf_counter() - learned, window=1)
 
+    def undo_sampling(self) -> bool:
+        """After a `train()` that has failed: all runners go back to before it; False if it had begun to learn."""
+        if self._before is None:
+            return False
+        place, self._places = self._before
+        if place is not None:
+            self.env_runner_group.local_env_runner.go_to(place)
+        self._send_places()
+        return True
+
     @property
     def _local(self) -> bool:
         """Everything in this process, one module for generating and learning."""
@@ -135,12 +149,12 @@ class BanditPPO(PPO):
         runner = self.env_runner_group.local_env_runner
         if self.env_runner_group.num_remote_env_runners() == 0:
             batch = runner.sample(num_timesteps=self._total_rows)[0]
-            self.metrics.aggregate([runner.get_metrics()], key=names.ENV_RUNNER_RESULTS)
+            metrics = [runner.get_metrics()]
             answers = [runner._health()]
             rows = dict(batch.policy_batches[DEFAULT_MODULE_ID])
         else:
             answers = self._sample_remotely()
-            self.metrics.aggregate([a["metrics"] for a in answers], key=names.ENV_RUNNER_RESULTS)
+            metrics = [a["metrics"] for a in answers]
             columns = answers[0]["rows"].keys()
             rows = {key: torch.cat([to_tensor(a["rows"][key]) for a in answers]) for key in columns}
         unscorable = sum(a["unscorable"] for a in answers) / len(answers)
@@ -150,6 +164,7 @@ class BanditPPO(PPO):
                 f"iteration {self.iteration + 1}: {unscorable:.0%} of the batch has no honest score, more than half; "
                 f"{why}"
             )
+        self.metrics.aggregate(metrics, key=names.ENV_RUNNER_RESULTS)
         if self.config.num_learners > 0:
             rows = {key: to_array(value) for key, value in rows.items()}
         return MultiAgentBatch({DEFAULT_MODULE_ID: SampleBatch(rows)}, env_steps=self._total_rows)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,7 +13,6 @@ from typing import Any
 
 import ray
 import torch
-from accelerate import Accelerator
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from torchbandit.env import BanditEnv
@@ -23,12 +20,15 @@ from torchbandit.models import ModelSpec
 from torchbandit.rllib.algorithm import BanditPPO
 from torchbandit.rllib.config import BanditPPOConfig
 from torchbandit.rllib.module import CausalLMModule, empty_module
-from torchbandit.train import build, checkpoint, report
+from torchbandit.train import build, folder
 from torchbandit.train import run as local
 from torchbandit.train.loop import schedule_factor
+from torchbandit.train.metrics import Metrics
 from torchbandit.train.options import TrainOptions
+from torchbandit.train.signals import hangup_ignored, stop_signals
+from torchbandit.train.steps import run_steps
 
-FREE = checkpoint.FREE | {"env_runners", "learners"}
+FREE = folder.FREE | {"env_runners", "learners"}
 
 
 class EnvOfOptions:
@@ -46,19 +46,26 @@ def train(options: TrainOptions) -> Path:
 
     Raises:
         ValueError: as there, and for an `algo` other than ppo.
-        Interrupted: after Ctrl-C or SIGTERM, once the iteration has ended and a checkpoint is written.
+        Interrupted, StoppedAtOnce, OSError: as there, once the iteration has ended.
     """
     if options.algo != "ppo":
         raise ValueError(f"algo: the rllib engine trains ppo alone, got {options.algo}; use --engine local for it")
     _rows(options)
     out, device = Path(options.out), build.pick_device(options)
-    local.claim(out, options)
-    with _cluster(options, device):
-        algo = to_config(options, device).build_algo()
-        try:
-            _run(algo, options, out, device)
-        finally:
-            algo.stop()
+    with folder.claim(out, options.resume):
+        done = 0
+        if options.resume:
+            folder.recover(out / "checkpoint")
+            # RLlib's schedule is over rows, of which a step has as many as the env runners give it.
+            paced = options.schedule != "constant" or options.warmup_steps > 0
+            done = local.find_run(out, asdict(options), FREE - {"env_runners"} if paced else FREE)
+        # Ray has a way of its own with SIGTERM, from its start on.
+        with _cluster(options, device), stop_signals(patient=False):
+            algo = to_config(options, device).build_algo()
+            try:
+                _run(algo, options, out, done, device)
+            finally:
+                algo.stop()
     return out
 
 
@@ -171,7 +178,9 @@ def _cluster(options: TrainOptions, device: torch.device) -> Iterator[None]:
             num_gpus=torch.cuda.device_count() if device.type == "cuda" else 0,
             include_dashboard=False, log_to_driver=False, logging_level="ERROR",
         )  # fmt: skip
-        ray.init(**({} if os.environ.get("RAY_ADDRESS") else own))
+        # The terminal's end is ours to handle: Ray's processes, which inherit this, save with us.
+        with hangup_ignored():
+            ray.init(**({} if os.environ.get("RAY_ADDRESS") else own))
     try:
         yield
     finally:
@@ -179,8 +188,9 @@ def _cluster(options: TrainOptions, device: torch.device) -> Iterator[None]:
             ray.shutdown()
 
 
-def _run(algo: BanditPPO, options: TrainOptions, out: Path, device: torch.device) -> None:
-    done = _resume(algo, options, out / "checkpoint") if options.resume else 0
+def _run(algo: BanditPPO, options: TrainOptions, out: Path, done: int, device: torch.device) -> None:
+    if options.resume:
+        algo.restore_from_path(out / "checkpoint")
     module, env = _judged(algo, options, device)
     judge = local.Judge(options, module.policy, env)
     accelerator = build.build_accelerator(options, torch.device("cpu"))
@@ -188,7 +198,7 @@ def _run(algo: BanditPPO, options: TrainOptions, out: Path, device: torch.device
         accelerator.init_trackers(options.name or "torchbandit", config=local.plain(asdict(options)))
     try:
         before = judge.before(out / "evaluation.json")
-        _loop(algo, options, out, done, accelerator)
+        run_steps(RayEngine(algo, options, out, done), options, out, accelerator)
         _fill(module, algo)
         judge.finish(out, before)
     finally:
@@ -197,28 +207,31 @@ def _run(algo: BanditPPO, options: TrainOptions, out: Path, device: torch.device
             accelerator.end_training()
 
 
-def _loop(algo: BanditPPO, options: TrainOptions, out: Path, done: int, accelerator: Accelerator) -> None:
-    with local.stop_signals() as stopped, report.Reporter(out, steps=options.steps, done=done) as reporter:
-        while done < options.steps:
-            started = time.perf_counter()
-            try:
-                result = algo.train()
-            except Exception:
-                if done:  # what failed had not begun to learn
-                    _save(algo, options, out / "checkpoint", done)
-                raise
-            done += 1
-            metrics = flat_metrics(result, done, time.perf_counter() - started, max(1, options.env_runners))
-            reporter(metrics)
-            if options.log_with:
-                accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=done)
-            if stopped or done == options.steps or (options.save_every and done % options.save_every == 0):
-                _save(algo, options, out / "checkpoint", done)
-            if stopped and done < options.steps:
-                raise local.Interrupted(
-                    f"stopped after step {done} of {options.steps}; the checkpoint is written, go on with the same "
-                    "command and --resume"
-                )
+class RayEngine:
+    """An algorithm as the loop over steps sees it (`train.steps.Engine`)."""
+
+    def __init__(self, algo: BanditPPO, options: TrainOptions, out: Path, done: int) -> None:
+        self._algo, self._options, self._checkpoint = algo, options, out / "checkpoint"
+        self.steps_done = done
+
+    def step(self) -> Metrics:
+        started = time.perf_counter()
+        result = self._algo.train()
+        self.steps_done += 1
+        runners = max(1, self._options.env_runners)
+        return flat_metrics(result, self.steps_done, time.perf_counter() - started, runners)
+
+    def undo(self) -> bool:
+        return self._algo.undo_sampling()
+
+    def save(self) -> None:
+        folder.write(
+            self._checkpoint, self._algo.save_to_path, self.steps_done, asdict(self._options),
+            self._options.keep_checkpoints,
+        )  # fmt: skip
+
+    def any_rank(self, flags: list[bool]) -> list[bool]:
+        return flags
 
 
 def flat_metrics(result: dict[str, Any], step: int, seconds: float, runners: int) -> dict[str, float]:
@@ -260,21 +273,3 @@ def _fill(module: CausalLMModule, algo: BanditPPO) -> None:
     """The learners' weights, where they are in other processes."""
     if algo.config.num_learners:
         module.set_state(algo.learner_group.get_weights()[DEFAULT_MODULE_ID])
-
-
-def _save(algo: BanditPPO, options: TrainOptions, folder: Path, done: int) -> None:
-    """Written beside its final name and then renamed, as the local engine does."""
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    algo.save_to_path(fresh)
-    (fresh / "options.json").write_text(json.dumps(asdict(options) | {"steps_done": done}, indent=1), encoding="utf-8")
-    checkpoint.put_in_place(fresh, folder)
-
-
-def _resume(algo: BanditPPO, options: TrainOptions, folder: Path) -> int:
-    """Restore; steps done. ValueError where there is no such checkpoint, or it is another run's."""
-    done = int(checkpoint.find(folder, asdict(options), FREE)["steps_done"])
-    if done >= options.steps and report.is_finished(folder.with_name("evaluation.json")):
-        raise ValueError(f"steps: the run has done its {done} steps; ask for more with --steps")
-    algo.restore_from_path(folder)
-    return done

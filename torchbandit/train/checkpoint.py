@@ -1,11 +1,8 @@
-"""Checkpoints: written whole or not at all, read with `weights_only=True`."""
+"""Checkpoints of the local engine: weights as safetensors, state read with `weights_only=True`."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +10,32 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-FREE = {"steps", "out", "name", "resume", "save_every", "log_with", "num_samples", "device", "places"}
-"""Options that a resumed run may have otherwise; all others decide what the run computes."""
+from torchbandit.train import folder
+from torchbandit.train.folder import FREE as FREE  # what may differ at a resume, of both engines
 
 
-def save(directory: Path, policy: nn.Module, state: dict[str, Any], options: Mapping[str, Any], rank: int = 0) -> None:
-    """Write `directory` (rank 0: weights, state and options; others: their state alone).
+def save(
+    directory: Path, policy: nn.Module, state: dict[str, Any], options: Mapping[str, Any], rank: int = 0, keep: int = 1
+) -> None:
+    """Write `directory` (rank 0: weights, state and options; others: their state alone), see `folder.write`.
 
-    It is written beside its final name and then renamed, so that a full disk or a kill leaves the last one whole.
     Every rank must call it; rank 0's call is the last.
 
     Args:
-        state: tensors and plain values.
+        state: tensors and plain values; `steps_done` names the checkpoint.
+        keep: checkpoints to keep, this one included.
     Raises:
         OSError: the disk is full or not writable; the former checkpoint is still there.
     """
-    fresh = directory.with_name(directory.name + ".new")
-    fresh.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.save(state, fresh / f"rank{rank}.pt")
-        if rank != 0:
-            return
+    step = int(state.get("steps_done", 0))
+    if rank != 0:
+        with folder.fresh_folder(directory) as fresh:
+            torch.save(state, fresh / f"rank{rank}.pt")
+            folder.seal(fresh, [fresh / f"rank{rank}.pt"], step, rank)
+        return
+
+    def fill(fresh: Path) -> None:
+        torch.save(state, fresh / "rank0.pt")
         # Tied weights share storage, which safetensors refuses: one name of each is enough.
         seen: set[int] = set()
         weights = {}
@@ -42,57 +44,8 @@ def save(directory: Path, policy: nn.Module, state: dict[str, Any], options: Map
                 weights[name] = weight.contiguous()
             seen.add(weight.data_ptr())
         save_file(weights, fresh / "policy.safetensors")
-        (fresh / "options.json").write_text(json.dumps(dict(options), indent=1), encoding="utf-8")
-    except BaseException as error:
-        free = shutil.disk_usage(fresh).free
-        shutil.rmtree(fresh, ignore_errors=True)
-        # torch and safetensors wrap a full disk in errors of their own, which do not say so.
-        if isinstance(error, Exception):
-            told = f"checkpoint: could not be written to {directory}, {free / 1e6:.0f} MB are free there: {error}"
-            raise OSError(told) from error
-        raise
-    put_in_place(fresh, directory)
 
-
-def put_in_place(fresh: Path, directory: Path) -> None:
-    """Rename a whole checkpoint to its final name; whenever this is killed, there is one that `find` finds."""
-    stale = directory.with_name(directory.name + ".old")
-    shutil.rmtree(stale, ignore_errors=True)
-    if directory.exists():
-        os.replace(directory, stale)
-    os.replace(fresh, directory)
-    shutil.rmtree(stale, ignore_errors=True)
-
-
-def find(directory: Path, options: Mapping[str, Any], free: Collection[str] = FREE) -> dict[str, Any]:
-    """Make sure that a checkpoint is there and is this run's; what its options.json holds.
-
-    Args:
-        free: options that may differ.
-    Raises:
-        ValueError: there is none, or it is another run's (the options that differ are named).
-    """
-    if not directory.exists():
-        stale = directory.with_name(directory.name + ".old")
-        if not stale.exists():
-            raise ValueError(
-                f"resume: no checkpoint at {directory}; drop --resume to begin a run, or name its folder with --out"
-            )
-        os.replace(stale, directory)
-    try:
-        saved: dict[str, Any] = json.loads((directory / "options.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"resume: the checkpoint at {directory} is damaged ({error}); begin a new run") from error
-    differing = {
-        name: (saved[name], value) for name, value in options.items()
-        if name not in free and name in saved and saved[name] != json.loads(json.dumps(value))
-    }  # fmt: skip
-    if differing:
-        told = "; ".join(f"{name} was {old!r}, is now {new!r}" for name, (old, new) in differing.items())
-        raise ValueError(
-            f"resume: the checkpoint at {directory} is another run's: {told}. Use its options, or a new --out"
-        )
-    return saved
+    folder.write(directory, fill, step, options, keep)
 
 
 def load(directory: Path, policy: nn.Module, options: Mapping[str, Any], rank: int = 0) -> dict[str, Any]:
@@ -101,7 +54,7 @@ def load(directory: Path, policy: nn.Module, options: Mapping[str, Any], rank: i
     Raises:
         ValueError: there is no checkpoint, it is damaged, or it is another run's (the options that differ are named).
     """
-    find(directory, options)
+    folder.find(directory, options)
     try:
         path = directory / f"rank{rank}.pt"
         if not path.exists():

@@ -33,7 +33,10 @@ class LoopOptions(UpdateOptions):
         warmup_steps: Steps of linear warm-up.
         weight_decay: Of AdamW.
         out: Folder of the run. Default: runs/NAME.
-        save_every: Steps between checkpoints; 0 for the end alone.
+        save_every: Steps between checkpoints; 0 for none by steps.
+        save_minutes: Minutes between checkpoints, at most, beside save_every; 0 for none by the clock. With both 0 a
+            checkpoint is written at the end alone, else also after the first step.
+        keep_checkpoints: How many of the last checkpoints are kept.
         log_with: Trackers of accelerate: tensorboard, wandb, …
     """
 
@@ -45,13 +48,16 @@ class LoopOptions(UpdateOptions):
     weight_decay: float = 0.0
     out: str = ""
     save_every: int = 50
+    save_minutes: float = 10.0
+    keep_checkpoints: int = 2
     log_with: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, steps=self.steps)
         at_least(0, lr=self.lr, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
-        at_least(0, save_every=self.save_every)
+        at_least(0, save_every=self.save_every, save_minutes=self.save_minutes)
+        at_least(1, keep_checkpoints=self.keep_checkpoints)
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule: must be constant, linear or cosine, got {self.schedule!r}")
 
@@ -101,6 +107,7 @@ class TrainOptions(LoopOptions):
         places: Rows in the decode cache at a time. Default: a whole batch.
         name: Name of the run.
         resume: Go on from the checkpoint in `out`.
+        extend: At a resume with other steps, stretch the schedule of the learning rate to the new length, from here on.
         num_samples: Prompts of samples.md.
         engine: local, or rllib.
         env_runners: Env runners of the rllib engine.
@@ -146,6 +153,7 @@ class TrainOptions(LoopOptions):
     places: int | None = None
     name: str | None = None
     resume: bool = False
+    extend: bool = False
     num_samples: int = 8
     engine: Literal["local", "rllib"] = "local"
     env_runners: int = 0
@@ -173,6 +181,8 @@ class TrainOptions(LoopOptions):
             raise ValueError(
                 f"env_runners={self.env_runners}, learners={self.learners}: are of the rllib engine; add --engine rllib"
             )
+        if self.extend and not self.resume:
+            raise ValueError("extend: is of a run that goes on; add --resume, or leave it out")
         if self.ptx_coef and self.ptx_data is None:
             raise ValueError(f"ptx_data: must be given with ptx_coef={self.ptx_coef}, got none")
         self.out = self.out or f"runs/{self.name or 'torchbandit'}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from torchbandit.train.evaluate import Evaluation
+from torchbandit.train.signals import mute_closed_streams
 
 
 class Reporter:
@@ -22,14 +25,16 @@ class Reporter:
     Args:
         out: folder of the run.
         steps: of the whole run.
-        done: steps done before, by a run that is resumed: later lines of metrics.jsonl are cut off.
+        done: steps done before, by a run that is resumed: the lines of later steps are cut off.
         show: draw the bar (the main process alone).
+    Raises:
+        OSError: metrics.jsonl cannot be written; what it held is still there.
     """
 
     def __init__(self, out: Path, *, steps: int, done: int = 0, show: bool = True) -> None:
         self.path = out / "metrics.jsonl"
-        kept = read_metrics(self.path)[:done] if done else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        lines = {line["step"]: line for line in read_metrics(self.path) if line["step"] <= done}
+        _replace(self.path, "".join(json.dumps(lines[step]) + "\n" for step in sorted(lines)))
         self._file = self.path.open("a", encoding="utf-8")
         self._bar = tqdm(total=steps, initial=done, disable=not show, unit="step", dynamic_ncols=True)
 
@@ -39,32 +44,80 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
-        self._file.close()
+        with _mute_if_closed():
+            self._bar.close()
+        # What could not be written was raised when it was: closing tries, and fails, once more.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def __call__(self, metrics: Mapping[str, float]) -> None:
-        """Write a step's line (NaN becomes null: JSON has no NaN) and move the bar."""
+        """Write a step's line (NaN becomes null: JSON has no NaN) and move the bar.
+
+        Raises:
+            OSError: the line could not be written.
+        """
         line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with _named(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         told = {name: f"{metrics[key]:.3g}" for name, key in BAR.items() if key in metrics}
-        self._bar.set_postfix(told, refresh=False)
-        self._bar.update()
+        with _mute_if_closed():
+            self._bar.set_postfix(told, refresh=False)
+            self._bar.update()
+
+    def flush(self) -> None:
+        """Wait until the disk has all lines; OSError where it has not."""
+        with _named(self.path):
+            os.fsync(self._file.fileno())
+
+
+@contextlib.contextmanager
+def _mute_if_closed() -> Iterator[None]:
+    """A bar that nobody sees any more is no reason to end a run."""
+    try:
+        yield
+    except OSError:
+        mute_closed_streams(sys.stderr)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror or error})") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    fresh = path.with_name(path.name + ".new")
+    with _named(path):
+        try:
+            with fresh.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
 
 
 BAR = {"reward": "reward", "kl": "kl", "samples/s": "samples_per_s"}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The lines of a metrics.jsonl; one that a kill or a full disk cut short is left out."""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
     return lines
 
 
@@ -115,9 +168,7 @@ def _one_line(text: str) -> str:
 def write_evaluation(path: Path, before: Evaluation, after: Evaluation | None) -> None:
     """Both evaluations as JSON, NaN as null; `after` is absent while the run goes on. Whole or not at all."""
     content = {"before": asdict(before)} | ({} if after is None else {"after": asdict(after)})
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps(_without_nan(content), indent=1), encoding="utf-8")
-    os.replace(fresh, path)
+    _replace(path, json.dumps(_without_nan(content), indent=1))
 
 
 def _without_nan(value: Any) -> Any:

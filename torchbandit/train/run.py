@@ -3,44 +3,54 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from torchbandit.env import BanditEnv
 from torchbandit.policy import CausalLMPolicy
-from torchbandit.train import build, checkpoint, report
+from torchbandit.train import build, checkpoint, folder, report
 from torchbandit.train.evaluate import Evaluation, evaluate
 from torchbandit.train.loop import BanditTrainer
+from torchbandit.train.metrics import Metrics
 from torchbandit.train.options import TrainOptions
-
-
-class Interrupted(Exception):
-    """Ctrl-C: the step was finished and a checkpoint written."""
+from torchbandit.train.signals import say, stop_signals
+from torchbandit.train.steps import run_steps
 
 
 def train(options: TrainOptions) -> Path:
     """Train as `options` say and return the run's folder.
 
-    The folder holds metrics.jsonl, curve.png, samples.md, evaluation.json, policy/ and checkpoint/.
+    The folder holds metrics.jsonl, curve.png, samples.md, evaluation.json, policy/ and the checkpoints.
 
     Raises:
-        ValueError: an option, a file or a reward is not what it must be. What was trained until then is saved.
-        Interrupted: after Ctrl-C (SIGINT) or SIGTERM, once the step has ended and a checkpoint is written.
+        ValueError: an option, a file or a reward is not what it must be, or the folder is another run's. What was
+            trained until then is saved.
+        Interrupted: after SIGINT (Ctrl-C), SIGTERM or SIGHUP, once the step has ended and a checkpoint is written.
+        StoppedAtOnce: after a second one, or one outside of training: what was saved before is whole.
         OSError: a file could not be written; the former checkpoint is whole.
     """
     device = build.pick_device(options)
     out = Path(options.out)
     accelerator = build.build_accelerator(options, device)
     main = accelerator.is_main_process
-    if main:
-        claim(out, options)
+    with folder.claim(out, options.resume) if main else contextlib.nullcontext(), stop_signals(patient=False):
+        if options.resume:
+            if main:
+                folder.recover(out / "checkpoint")
+            accelerator.wait_for_everyone()
+            find_run(out, identity(options, accelerator))
+        _train(options, out, accelerator, device)
+    return out
+
+
+def _train(options: TrainOptions, out: Path, accelerator: Accelerator, device: torch.device) -> None:
+    main = accelerator.is_main_process
     tokenizer = build.build_tokenizer(options)
     env = build.build_env(options, tokenizer, device)
     trainer = BanditTrainer(
@@ -51,20 +61,15 @@ def train(options: TrainOptions) -> Path:
         corpus=build.build_corpus(options, options.ptx_data, tokenizer, device) if options.ptx_coef else None,
         accelerator=accelerator,
     )
+    engine = LocalEngine(trainer, options, out)
     if options.resume:
-        run = identity(options, accelerator)
-        state = checkpoint.load(out / "checkpoint", trainer.policy, run, accelerator.process_index)
-        trainer.load_state_dict(state)
-        if trainer.steps_done >= options.steps and report.is_finished(out / "evaluation.json"):
-            raise ValueError(
-                f"steps: the run at {out} has done its {trainer.steps_done} steps; ask for more with --steps"
-            )
+        engine.load()
     judge = Judge(options, trainer.policy, env) if main else None
     if options.log_with:
         accelerator.init_trackers(options.name or "torchbandit", config=plain(asdict(options)))
     try:
         before = judge.before(out / "evaluation.json") if judge else None
-        _loop(trainer, options, out)
+        run_steps(engine, options, out, accelerator)
         accelerator.wait_for_everyone()
         if judge is not None and before is not None:
             judge.finish(out, before)
@@ -72,7 +77,65 @@ def train(options: TrainOptions) -> Path:
         env.close()
         if options.log_with:
             accelerator.end_training()
-    return out
+
+
+class LocalEngine:
+    """A trainer as the loop over steps sees it (`steps.Engine`)."""
+
+    def __init__(self, trainer: BanditTrainer, options: TrainOptions, out: Path) -> None:
+        self._trainer, self._options, self._checkpoint = trainer, options, out / "checkpoint"
+        self._rank = trainer.accelerator.process_index
+        self._identity = identity(options, trainer.accelerator)
+        self._position: dict[str, Any] = {}
+        self._learning = False
+        # Before the optimizer moves anything. (A fused one leaves no trace in the versions of the weights.)
+        trainer.optimizer.optimizer.register_step_pre_hook(self._note_learning)
+
+    @property
+    def steps_done(self) -> int:
+        return self._trainer.steps_done
+
+    def step(self) -> Metrics:
+        self._position, self._learning = self._trainer.position(), False
+        return self._trainer.step()
+
+    def undo(self) -> bool:
+        # A step that has begun to change the weights cannot be taken again as it would have been.
+        if self._trainer.world_size > 1 or self._learning:
+            return False
+        self._trainer.load_state_dict(self._trainer.state_dict() | self._position)
+        return True
+
+    def _note_learning(self, *_: Any) -> None:
+        self._learning = True
+
+    def save(self) -> None:
+        # The main process goes last: it is the one that puts the new checkpoint in place.
+        for turn in (self._rank != 0, self._rank == 0):
+            error: OSError | None = None
+            if turn:
+                try:
+                    checkpoint.save(
+                        self._checkpoint, self._trainer.policy, self._trainer.state_dict(), self._identity, self._rank,
+                        self._options.keep_checkpoints,
+                    )  # fmt: skip
+                except OSError as failed:
+                    error = failed
+            if any(self.any_rank([error is not None])):
+                raise error or OSError("checkpoint: another process could not write its part; its message says why")
+
+    def load(self) -> None:
+        """Go on where the checkpoint was written."""
+        state = checkpoint.load(self._checkpoint, self._trainer.policy, self._identity, self._rank)
+        self._trainer.load_state_dict(state)
+
+    def any_rank(self, flags: list[bool]) -> list[bool]:
+        if self._trainer.world_size == 1:
+            return flags
+        counts = torch.tensor(flags, dtype=torch.float32, device=self._trainer.env.device)
+        sums = self._trainer.accelerator.reduce(counts, reduction="sum")
+        assert isinstance(sums, torch.Tensor)
+        return [count > 0 for count in sums.tolist()]
 
 
 class Judge:
@@ -110,82 +173,16 @@ class Judge:
                 f"{out}: could not be written ({error}); the checkpoint is whole: make room, and the same command with "
                 "--resume writes the rest"
             ) from error
-        tqdm.write(report.summary(before, after))
-        tqdm.write(f"\n{out}: metrics.jsonl curve.png samples.md evaluation.json policy/ checkpoint/")
+        say(report.summary(before, after))
+        say(f"\n{out}: metrics.jsonl curve.png samples.md evaluation.json policy/ checkpoint/")
 
 
-def _loop(trainer: BanditTrainer, options: TrainOptions, out: Path) -> None:
-    accelerator = trainer.accelerator
-    main = accelerator.is_main_process
-
-    def save(state: dict[str, Any]) -> None:
-        # The main process goes last: it is the one that puts the new checkpoint in place.
-        if not main:
-            checkpoint.save(out / "checkpoint", trainer.policy, state, {}, accelerator.process_index)
-        accelerator.wait_for_everyone()
-        if main:
-            checkpoint.save(out / "checkpoint", trainer.policy, state, identity(options, accelerator))
-        accelerator.wait_for_everyone()
-
-    with stop_signals() as stopped, contextlib.ExitStack() as stack:
-        reporter = stack.enter_context(
-            report.Reporter(out, steps=options.steps, done=trainer.steps_done)
-        ) if main else None  # fmt: skip
-        while trainer.steps_done < options.steps:
-            ready = trainer.position()
-            try:
-                metrics = trainer.step()
-            except Exception:
-                if trainer.world_size == 1 and trainer.steps_done:
-                    save(trainer.state_dict() | ready)
-                raise
-            if reporter is not None:
-                reporter(metrics)
-            if options.log_with:
-                accelerator.log(
-                    {name: value for name, value in metrics.items() if name != "step"}, step=int(metrics["step"])
-                )
-            stop = bool(trainer.any_rank(bool(stopped)))
-            due = options.save_every and trainer.steps_done % options.save_every == 0
-            if due or stop or trainer.steps_done == options.steps:
-                save(trainer.state_dict())
-            if stop and trainer.steps_done < options.steps:
-                raise Interrupted(
-                    f"stopped after step {trainer.steps_done} of {options.steps}; the checkpoint is written, "
-                    "go on with the same command and --resume"
-                )
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM so that the step can end; a second one interrupts at once."""
-    seen: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-        tqdm.write("stopping after this step; once more to stop now")
-
-    try:
-        former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where Python refuses handlers
-        former = {}
-    try:
-        yield seen
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-def claim(out: Path, options: TrainOptions) -> None:
-    """Make the folder; a run that is there already is not overwritten."""
-    if not options.resume and (out / "checkpoint").exists():
-        raise ValueError(f"out: {out} holds a run already; go on with --resume, or name another folder with --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out: {out} cannot be made ({error.strerror}); name another folder") from error
+def find_run(out: Path, run: Mapping[str, Any], free: Collection[str] = folder.FREE) -> int:
+    """Steps that the run in `out` has done; ValueError where it is another run's or has nothing left to do."""
+    done = int(folder.find(out / "checkpoint", run, free)["steps_done"])
+    if done == run["steps"] and report.is_finished(out / "evaluation.json"):
+        raise ValueError(f"steps: the run at {out} has done its {done} steps; ask for more with --steps")
+    return done
 
 
 def identity(options: TrainOptions, accelerator: Accelerator) -> dict[str, Any]:
