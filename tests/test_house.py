@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import torchbandit
+from torchbandit.learn import ALGORITHMS
 
 ROOT = Path(torchbandit.__file__).parent
 FLOORS = (  # from the ground up; a file may import from lower floors, and from its own folder
@@ -111,3 +112,52 @@ def test_what_is_allowed() -> None:
     assert not faults("rewards/term", "from torchbandit import batch\nfrom torchbandit.rewards.host import HostReward")
     assert not faults("prompts/read", "if TYPE_CHECKING:\n    from transformers import PreTrainedTokenizerBase")
     assert not faults("scoring/packed", "import transformers.masking_utils")
+
+
+def test_no_circles_between_files() -> None:
+    """A file that imports another is not imported by it, over any way round; imports inside functions count too."""
+    known = {place: f"torchbandit.{place.replace('/', '.')}" for place in PLACES}
+    files = {name: place for place, name in known.items()}
+    graph: dict[str, set[str]] = {}
+    for place in PLACES:
+        path = ROOT / place
+        tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+        named: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and not _types_only(tree, node):
+                for alias in node.names:  # a submodule of a package is a file of its own
+                    submodule = f"{node.module}.{alias.name}"
+                    named |= {submodule if submodule in files else node.module} & files.keys()
+        graph[place] = {files[name] for name in named} - {place}
+    for place in PLACES:
+        reached, todo = set[str](), list(graph[place])
+        while todo:
+            here = todo.pop()
+            assert here != place, f"{place} imports itself, by way of {sorted(reached)}"
+            if here not in reached:
+                reached.add(here)
+                todo += graph[here]
+
+
+def _types_only(tree: ast.AST, node: ast.AST) -> bool:
+    return any(
+        isinstance(part, ast.If) and ast.unparse(part.test) == "TYPE_CHECKING" and node in ast.walk(part)
+        for part in ast.walk(tree)
+    )
+
+
+def test_no_file_but_learn_knows_an_algorithm_by_name() -> None:
+    """A new algorithm is one class and one line: nothing else may ask which one it is."""
+    names = set(ALGORITHMS)
+    found = []
+    for place in PLACES:
+        if place.split("/")[0] in ("learn", "demo"):
+            continue
+        path = ROOT / place
+        tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+        found += [
+            f"{place}:{node.lineno}: {node.value!r}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
+        ]
+    assert not found, "\n".join(found)

@@ -31,10 +31,13 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "raft": RAFT,
 }
 
+DEFAULT_ALGORITHM = "ppo"
+
 __all__ = [
     "ALGORITHMS",
     "CISPO",
     "DAPO",
+    "DEFAULT_ALGORITHM",
     "GRPO",
     "GSPO",
     "PPO",

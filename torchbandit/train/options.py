@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from torchbandit import demo
+from torchbandit.learn import DEFAULT_ALGORITHM
 from torchbandit.learn.algorithm import KLWhere
 from torchbandit.learn.checks import at_least
 from torchbandit.learn.find import find_algorithm, make_algorithm
@@ -114,7 +115,7 @@ class TrainOptions(LoopOptions):
         learners: Learners of the rllib engine.
     """
 
-    algo: str = "ppo"
+    algo: str = DEFAULT_ALGORITHM
     algo_options: dict[str, Any] = field(default_factory=dict)
     policy: str | None = None
     reference: str | None = None
@@ -252,7 +253,7 @@ _USUAL: dict[str, LossKLEstimator] = {"reward-token": "k1", "reward-response": "
 """The estimate of a KL that is put elsewhere than its algorithm's paper has it."""
 
 
-def demo_defaults(given: Collection[str] = (), algo: str = "ppo") -> dict[str, Any]:
+def demo_defaults(given: Collection[str] = (), algo: str = DEFAULT_ALGORITHM) -> dict[str, Any]:
     """What `torchbandit train` takes where no policy is given: the demo's files, and settings that fit its size.
 
     Args:
