@@ -66,7 +66,7 @@ class Line:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("blocks", [0, 3000, 1 << 20], ids=lambda n: f"blocks of {n}" if n else "by segment")
+@pytest.mark.parametrize("blocks", [0, 12000, 1 << 20], ids=lambda n: f"blocks of {n}" if n else "by segment")
 @pytest.mark.parametrize("case", CASES)
 def test_both_ways_are_plain_attention(
     case: str, blocks: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -163,13 +163,13 @@ def test_memory_grows_with_tokens(kind: str) -> None:
         else:
             run = learning(kind, [long, *[10] * (many - 1)], [4] * many)
         peaks.append(peak_bytes(run, CPU))
-    assert peaks[1] < 4.5 * peaks[0]
+    assert peaks[1] < 4.2 * peaks[0]
 
 
 def test_a_long_prompt_beside_short_ones_fits() -> None:
-    """The scores of one head would take 190 MB, the padded keys of 16 rows 16 times the tokens."""
-    peak = peak_bytes(learning("packed", [7000, *[10] * 15], [4] * 16, budget=4096), CPU)
-    assert peak < 150e6
+    """The scores of one head alone would take 64 MB."""
+    peak = peak_bytes(learning("packed", [4000, *[10] * 15], [4] * 16, budget=2048), CPU)
+    assert peak < 30e6
 
 
 def test_short_rows_do_not_pay_for_the_longest() -> None:
@@ -186,7 +186,7 @@ def test_short_rows_do_not_pay_for_the_longest() -> None:
         varlen_backward(query, query, key, value, out, lse, *where)
 
     run()
-    assert peak_bytes(run, CPU) < 12 * query.numel() * 4
+    assert peak_bytes(run, CPU) < 14 * query.numel() * 4
 
 
 def test_a_line_of_short_rows_is_hardly_filled_up() -> None:

@@ -84,7 +84,10 @@ def _blocks(
         of_q, of_k = starts_q[first : first + m + 1], starts_k[first : first + m + 1]
         for begin in range(0, longest_q, span):
             end = min(begin + span, longest_q)
-            seen_from, seen_to = max(begin - window + 1, 0) if window else 0, min(end, longest_k) if causal else longest_k
+            seen_from, seen_to = (
+                max(begin - window + 1, 0) if window else 0,
+                min(end, longest_k) if causal else longest_k,
+            )
             at_q = torch.arange(begin, end, device=starts_q.device)
             at_k = torch.arange(seen_from, seen_to, device=starts_q.device)
             hidden = (at_k >= of_k.diff()[:, None])[:, None, None, None]
