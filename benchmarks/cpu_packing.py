@@ -4,9 +4,9 @@
     python benchmarks/cpu_packing.py --threads 2 --layers 30 --vocab-size 49152     # the shape of a 135M model
     python benchmarks/cpu_packing.py --lengths 9000,30,30,30 --packed-only
 
-Random weights, 33M of them unless told otherwise; a row is half prompt, half response, but for groups of 8, whose prompt is shared.
-Seconds are the least of `--repeat` calls, the sides in turn: by one thread its own, by several the clock's. Peak memory
-is what torch allocates within a call.
+Random weights, 33M of them unless told otherwise; a row is half prompt, half response, but for groups of 8, whose
+prompt is shared. Seconds are the least of `--repeat` calls, the sides in turn: by one thread its own, by several the clock's. Peak
+memory is what torch allocates within a call.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=options.layers, num_attention_heads=9,
-                    num_key_value_heads=3, vocab_size=options.vocab_size, max_position_embeddings=16384, tie_word_embeddings=True)
+                    num_key_value_heads=3, vocab_size=options.vocab_size, max_position_embeddings=16384,
+                    tie_word_embeddings=True)
     ).eval()  # fmt: skip
     prepare(model)
     ways = [True] if options.packed_only else [True, False]
