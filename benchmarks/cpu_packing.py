@@ -5,8 +5,8 @@
     python benchmarks/cpu_packing.py --lengths 9000,30,30,30 --packed-only
 
 Random weights, 33M of them unless told otherwise; a row is half prompt, half response, but for groups of 8, whose
-prompt is shared. Seconds are the least of `--repeat` calls, the sides in turn: by one thread its own, by several the clock's. Peak
-memory is what torch allocates within a call.
+prompt is shared. Seconds are the least of `--repeat` calls, the sides in turn: by one thread its own, by several the
+clock's. Peak memory is what torch allocates within a call.
 """
 
 from __future__ import annotations
