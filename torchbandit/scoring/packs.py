@@ -18,6 +18,9 @@ from torch import Tensor
 ALIGN = 64
 """Packed lines are filled up to a multiple of this, so that kernels' alignment guards hold for every pack."""
 
+ALIGN_CPU = 8
+"""The same on a CPU, where a few short rows must not pay for 64 tokens."""
+
 
 class Segments(NamedTuple):
     """Where sequences begin in one packed line.
@@ -251,7 +254,8 @@ def _cuts(totals: list[int], budget: int) -> list[tuple[int, int]]:
 
 def _starts(lengths: Tensor, num_tokens: int) -> tuple[Tensor, int]:
     """Cumulative lengths with a last segment of filling, and the width that it fills up to."""
-    W = max(-(-num_tokens // ALIGN), 1) * ALIGN
+    align = ALIGN_CPU if lengths.device.type == "cpu" else ALIGN
+    W = max(-(-num_tokens // align), 1) * align
     return _cumulative(torch.cat((lengths, lengths.new_full((1,), W - num_tokens)))), W
 
 

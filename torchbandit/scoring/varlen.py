@@ -2,7 +2,7 @@
 
 On CUDA in 16 bits these are our own kernels (kernels.py, kernels_backward.py), which take half the time of torch's
 flash attention on rows of some hundred tokens, for heads up to 64 and of 128; with a sliding window, or other heads,
-they are torch's. Elsewhere it is the same mathematics in padded blocks.
+they are torch's. A CPU takes segment after segment (varlen_cpu.py); what is left, padded blocks (varlen_blocks.py).
 
 Axis letters: Nq, Nk tokens of queries and keys laid end to end; H heads; K key-value heads; D head size; n segments.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchbandit.scoring import varlen_blocks, varlen_cpu
 from torchbandit.scoring.packs import size_of
 
 
@@ -28,10 +29,11 @@ def varlen_forward(
         causal: the i-th query of a segment sees its first i keys; starts_q and starts_k are one.
         window: with causal, keys at most this many back, itself included; 0 for all.
     Returns:
-        ([Nq, H, D], log-sum-exp [H, Nq] float32).
+        ([Nq, H, D], log-sum-exp [H, Nq] float32, or float64 as the query).
     """
     if query.shape[0] == 0 or key.shape[0] == 0:
-        return torch.zeros_like(query), torch.full((query.shape[1], query.shape[0]), -torch.inf, device=query.device)
+        none = query.new_full((query.shape[1], query.shape[0]), -torch.inf, dtype=_precision(query))
+        return torch.zeros_like(query), none
     if causal and not window and _has_own_kernel(query):
         from torchbandit.scoring import kernels  # Triton exists with CUDA alone
 
@@ -45,13 +47,10 @@ def varlen_forward(
         # Where a query has no key the kernel says +inf; the log of an empty sum is -inf. It lays its output out as the
         # query is laid out, and gradients likewise; compilers were promised plain rows.
         return out.contiguous(), lse if causal else lse.masked_fill(lse == torch.inf, -torch.inf)
-    weights, grouped = _weights(query, key, starts_q, starts_k, longest_q, longest_k, causal, scale, window)
-    lse = torch.logsumexp(weights, -1)
-    values = _blocks(value, starts_k, size_of(longest_k), grouped)
-    out = torch.einsum("nhqk,nkhd->nqhd", (weights - _finite(lse)[..., None]).exp(), values)
-    N = query.shape[0]
-    places = _places(starts_q, size_of(longest_q), N)
-    return _flat(out, places, N).to(query.dtype), _flat(lse.transpose(1, 2), places, N).t().contiguous()
+    if query.device.type == "cpu":
+        return varlen_cpu.forward(query, key, value, starts_q, starts_k, causal, scale, window)
+    sizes = size_of(longest_q), size_of(longest_k)
+    return varlen_blocks.forward(query, key, value, starts_q, starts_k, *sizes, causal, scale, window)
 
 
 @varlen_forward.register_fake
@@ -60,7 +59,7 @@ def _(
     causal: bool, scale: float, window: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     Nq, H, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((H, Nq), dtype=torch.float32)
+    return query.new_empty(query.shape), query.new_empty((H, Nq), dtype=_precision(query))
 
 
 @torch.library.custom_op("torchbandit::varlen_backward", mutates_args=())
@@ -71,7 +70,7 @@ def varlen_backward(
     """Gradients of `varlen_forward`; `out` and `lse` may be those of attention over more keys than are given here.
 
     Args:
-        grad, out: [Nq, H, D]; lse: [H, Nq] float32; the rest as above.
+        grad, out: [Nq, H, D]; lse: [H, Nq]; the rest as above.
     Returns:
         gradients of query [Nq, H, D], key and value [Nk, K, D].
     """
@@ -92,25 +91,10 @@ def varlen_backward(
             scale=scale, window_size_left=window - 1 if window else -1, window_size_right=0 if causal else -1,
         )  # fmt: skip
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
-    weights, grouped = _weights(query, key, starts_q, starts_k, longest_q, longest_k, causal, scale, window)
-    Lq, Lk = size_of(longest_q), size_of(longest_k)
-    dout, whole = _blocks(grad, starts_q, Lq), _blocks(out, starts_q, Lq)
-    logsum = _blocks(lse.t(), starts_q, Lq).transpose(1, 2)
-    probs = (weights - _finite(logsum)[..., None]).exp()
-    values = _blocks(value, starts_k, Lk, grouped)
-    dvalue = torch.einsum("nhqk,nqhd->nkhd", probs, dout)
-    dprobs = torch.einsum("nqhd,nkhd->nhqk", dout, values)
-    delta = (dout * whole).sum(-1).transpose(1, 2)
-    dweights = probs * (dprobs - delta[..., None]) * scale
-    dquery = torch.einsum("nhqk,nkhd->nqhd", dweights, _blocks(key, starts_k, Lk, grouped))
-    dkey = torch.einsum("nhqk,nqhd->nkhd", dweights, _blocks(query, starts_q, Lq))
-    rows_q, rows_k = _places(starts_q, Lq, query.shape[0]), _places(starts_k, Lk, key.shape[0])
-    heads = (key.shape[1], grouped)
-    return (
-        _flat(dquery, rows_q, query.shape[0]).to(query.dtype),
-        _flat(dkey.unflatten(2, heads).sum(3), rows_k, key.shape[0]).to(key.dtype),
-        _flat(dvalue.unflatten(2, heads).sum(3), rows_k, key.shape[0]).to(value.dtype),
-    )
+    if query.device.type == "cpu":
+        return varlen_cpu.backward(grad, query, key, value, out, lse, starts_q, starts_k, causal, scale, window)
+    sizes = size_of(longest_q), size_of(longest_k)
+    return varlen_blocks.backward(grad, query, key, value, out, lse, starts_q, starts_k, *sizes, causal, scale, window)
 
 
 @varlen_backward.register_fake
@@ -134,7 +118,7 @@ def shared_forward(
         prompts, responses: size carriers, p and r tokens.
         starts_q: over response tokens; starts_k: over prompt tokens; the rest as in `varlen_forward`.
     Returns:
-        ([N, H, D], log-sum-exp [H, N] float32).
+        ([N, H, D], log-sum-exp [H, N] float32, or float64 as the query).
     """
     p, r = size_of(prompts), size_of(responses)
     if _has_own_kernel(query):
@@ -159,7 +143,7 @@ def _(
     starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     N, H, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((H, N), dtype=torch.float32)
+    return query.new_empty(query.shape), query.new_empty((H, N), dtype=_precision(query))
 
 
 # The ops cut the line up inside: compilers would compute a slice that goes into an op a second time, rotary embedding
@@ -211,44 +195,6 @@ def _has_own_kernel(query: Tensor) -> bool:
     return _has_kernel(query) and (query.shape[-1] <= 64 or query.shape[-1] == 128)
 
 
-def _weights(
-    query: Tensor, key: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: Tensor, longest_k: Tensor,
-    causal: bool, scale: float, window: int,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """([n, H, Lq, Lk] scaled float32 scores, -inf where a key is not seen; queries a KV head)."""
-    Lq, Lk, grouped = size_of(longest_q), size_of(longest_k), query.shape[1] // key.shape[1]
-    queries, keys = _blocks(query, starts_q, Lq), _blocks(key, starts_k, Lk, grouped)
-    at_q, at_k = torch.arange(Lq, device=query.device)[:, None], torch.arange(Lk, device=query.device)
-    seen = (at_k < starts_k.diff()[:, None])[:, None, None]
-    if causal:
-        seen = seen & (at_k <= at_q)
-        if window:
-            seen = seen & (at_q - at_k < window)
-    scores = torch.einsum("nqhd,nkhd->nhqk", queries, keys) * scale
-    return scores.masked_fill(~seen, -torch.inf), grouped
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """A query that sees no key has weight 0 everywhere, not NaN."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
-
-
-def _places(starts: Tensor, L: int, N: int) -> Tensor:
-    """[n, L] flat position of each place of the padded blocks; N for padding."""
-    at = torch.arange(L, device=starts.device)
-    flat = starts[:-1, None] + at
-    return torch.where(at < starts.diff()[:, None], flat, N)
-
-
-def _blocks(flat: Tensor, starts: Tensor, L: int, repeat: int = 1) -> Tensor:
-    """[N, heads, ...] -> [n, L, heads * repeat, ...] float32, padded with 0."""
-    padded = torch.cat((flat.float(), flat.new_zeros((1, *flat.shape[1:]), dtype=torch.float32)))
-    out = padded[_places(starts, L, flat.shape[0])]
-    return out if repeat == 1 else out.repeat_interleave(repeat, 2)
-
-
-def _flat(blocks: Tensor, places: Tensor, N: int) -> Tensor:
-    """[n, L, ...] -> [N, ...]; what no segment covers is 0."""
-    out = blocks.new_zeros((N + 1, *blocks.shape[2:]))
-    out[places.flatten()] = blocks.flatten(0, 1)
-    return out[:N]
+def _precision(query: Tensor) -> torch.dtype:
+    """Of the log-sum-exp."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
