@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from torchbandit import losses
-from torchbandit.learn import CISPO, DAPO, GRPO, GSPO, DrGRPO
+from torchbandit.learn import CISPO, DAPO, GRPO, GSPO, RLOO, DrGRPO
 from torchbandit.learn.update import Update
 
 pytest.importorskip("trl", reason="trl is not installed: pip install torchbandit[test]")
@@ -157,3 +157,13 @@ def test_but_not_in_its_mean_over_tokens(name):
     algorithm, options = PAIRS[name]
     targets, new = ragged(6, empty=2)
     assert_close(ours(algorithm, targets, new), trl_s(targets, new, **options), **CLOSE)
+
+
+def test_rloo_s_gradient_is_that_of_ppo_s_min_over_the_response_s_ratio():
+    """As TRL's RLOOTrainer writes it: another value, the same gradient."""
+    targets, new = ragged(7, 0.1)
+    mask = targets["learn_mask"]
+    log_ratio = ((new - targets["log_probs", "response"]) * mask).sum(-1)
+    r, advantages = log_ratio.exp(), targets["advantages"]
+    right = -torch.min(r * advantages, r.clamp(0.8, 1.2) * advantages).mean()
+    assert_close(ours(RLOO(), targets, new)[1], torch.autograd.grad(right, new)[0], **CLOSE)
