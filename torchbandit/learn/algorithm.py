@@ -118,9 +118,9 @@ def training_rows(td: TensorDictBase) -> TensorDict:
 
 
 def scorable(td: TensorDictBase) -> Tensor:
-    """Rows with a valid score: [B] bool."""
+    """Rows with a valid score: [B] bool. A reward that is not finite is none, whoever wrote it."""
     unscorable: Tensor = td[batch.UNSCORABLE]
-    return ~unscorable
+    return ~unscorable & row_reward(td).isfinite()
 
 
 def row_reward(td: TensorDictBase) -> Tensor:

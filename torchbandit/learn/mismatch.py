@@ -14,6 +14,15 @@ from torchbandit.learn.options import MismatchOptions
 from torchbandit.learn.ranks import Ranks
 
 
+def sampler_log_probs(td: TensorDictBase) -> Tensor:
+    """What the engine sampled with: [B, T] float32; ValueError for another shape, dtype or device."""
+    own = td[batch.LOG_PROBS]
+    hint = "write one log-prob for each response token, as the engine reported it"
+    return require(
+        td, batch.SAMPLER_LOG_PROBS, shape=tuple(own.shape), dtype=torch.float32, device=own.device, hint=hint
+    )
+
+
 def mismatch_weights(
     td: TensorDictBase, mask: Tensor, options: MismatchOptions, ranks: Ranks
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -28,11 +37,7 @@ def mismatch_weights(
     Raises:
         ValueError: the sampler's log-probs have another shape, dtype or device.
     """
-    own = td[batch.LOG_PROBS]
-    hint = "write one log-prob for each response token, as the engine reported it"
-    sampler = require(
-        td, batch.SAMPLER_LOG_PROBS, shape=tuple(own.shape), dtype=torch.float32, device=own.device, hint=hint
-    )
+    own, sampler = td[batch.LOG_PROBS], sampler_log_probs(td)
     per: Literal["token", "sequence"] = "sequence" if options.mismatch_per == "response" else "token"
     assert options.mismatch != "off"
     weights = losses.importance_weights(own, sampler, mask, cap=options.mismatch_cap, per=per, beyond=options.mismatch)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchbandit import batch, losses
 from torchbandit.learn.algorithm import ADVANTAGES, LEARN_MASK, Algorithm, Denominators
 from torchbandit.learn.completed import with_log_probs
-from torchbandit.learn.mismatch import mismatch_weights
+from torchbandit.learn.mismatch import mismatch_weights, sampler_log_probs
 from torchbandit.learn.options import UpdateOptions
 from torchbandit.learn.ranks import Ranks
 from torchbandit.learn.seeds import minibatch_order
@@ -110,9 +110,9 @@ class Update:
         o, G = self.options, self.group_size
         td = with_log_probs(td, self.policy, group_size=G)
         mask = td[batch.RESPONSE_MASK]
-        lost = ~(is_finite(td[batch.LOG_PROBS]) | ~mask).all(-1)
-        if batch.VALUES in td.keys():
-            lost = lost | ~(is_finite(td[batch.VALUES]) | ~mask).all(-1)
+        weighs = o.mismatch != "off" and batch.SAMPLER_LOG_PROBS in td.keys(include_nested=True)
+        read = [td[batch.LOG_PROBS], td.get(batch.VALUES, None), sampler_log_probs(td) if weighs else None]
+        lost = torch.stack([~(is_finite(x) | ~mask).all(-1) for x in read if x is not None]).any(0)
         td[batch.UNSCORABLE] = td[batch.UNSCORABLE] | lost  # the algorithm's statistics leave them out too
         left = td.get(LEARN_MASK, mask)
         if o.mask_truncated:
@@ -124,7 +124,7 @@ class Update:
         rows = self.algorithm.targets(td, group_size=G, reduce=self.ranks.sum)
         advantages = self._advantages_of(rows)
         metrics: dict[str, Tensor] = {}
-        if o.mismatch != "off" and batch.SAMPLER_LOG_PROBS in td.keys(include_nested=True):
+        if weighs:
             weights, metrics = mismatch_weights(td, rows[LEARN_MASK], o, self.ranks)
             advantages = advantages * weights
         wrong = ~(is_finite(advantages) | ~rows[LEARN_MASK]).all(-1)

@@ -215,12 +215,13 @@ def kl_loss(
     d = log_probs - ref_log_probs and tokens sampled from the policy: k1's gradient is 0 in expectation; k2's is the
     KL's; k3's is that of KL(reference || policy), which differs wherever the two are apart. Off policy (a second
     update on a batch) k2 and k3 are estimates under the old policy. "weighted_k3" is r k3 with the ratio
-    r = policy / old policy, gradient through both: its value and its gradient are the KL's on and off policy.
+    r = policy / old policy, gradient through both: its value and its gradient are the KL's on and off policy. k3 grows
+    as exp(-d), so it is bounded where d reaches -MAX_LOG_RATIO (no gradient beyond), as every ratio is.
 
     Args:
         log_probs: [B, T] float32, with gradient.
         ref_log_probs: [B, T] float32, the reference's.
-        mask: [B, T] bool. A row with an old log-prob that is not finite is left out.
+        mask: [B, T] bool. A row with a log-prob of the reference or an old one that is not finite is left out.
         coef: its weight; 0 keeps the metric alone.
         estimator: "k1", "k2", "k3" or "weighted_k3", which needs old_log_probs.
         mean, denominator: as in `policy_loss`.
@@ -233,14 +234,17 @@ def kl_loss(
         the weighted k3.
     """
     check_tokens(mask, log_probs=log_probs, ref_log_probs=ref_log_probs, old_log_probs=old_log_probs)
+    mask = usable(mask, ref_log_probs, old_log_probs)
+    if estimator in ("k3", "weighted_k3"):
+        near = torch.maximum(keep(log_probs, mask), keep(ref_log_probs, mask) - MAX_LOG_RATIO)
+        kl = kl_estimate(near, ref_log_probs, "k3", mask)
+    else:
+        kl = kl_estimate(log_probs, ref_log_probs, estimator, mask)
     if estimator == "weighted_k3":
         if old_log_probs is None:
             raise ValueError('old_log_probs: needed for estimator="weighted_k3", got None; pass them, or use "k3"')
-        mask = usable(mask, old_log_probs)
         log_ratio = keep(log_probs, mask) - keep(old_log_probs, mask)
-        kl = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * kl_estimate(log_probs, ref_log_probs, "k3", mask)
-    else:
-        kl = kl_estimate(log_probs, ref_log_probs, estimator, mask)
+        kl = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * kl
     mean_kl = average(kl, mask, mean, denominator)
     return coef * mean_kl, {"kl": mean_kl.detach()}
 

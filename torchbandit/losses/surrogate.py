@@ -45,8 +45,8 @@ def policy_loss(
         log_probs: [B, T] float32, with gradient.
         old_log_probs: [B, T] float32, of the policy before its first update on this batch; None: this is the first.
         advantages: [B] or [B, T] float32.
-        mask: [B, T] bool, the tokens to learn from. A row with an advantage or an old log-prob that is not finite is
-            left out.
+        mask: [B, T] bool, the tokens to learn from. A row with an advantage, an old log-prob or a weight that is not
+            finite is left out.
         clip: how far below 1 the ratio counts; None: without bound. 1 or more leaves it free below.
         clip_high: how far above 1; None: as far as `clip`.
         dual_clip: c > 1: where A < 0 the surrogate is at least c A ("min" alone).
@@ -66,7 +66,7 @@ def policy_loss(
     advantages = per_token(advantages, mask)
     low, high = log_bounds(clip, clip_high)
     check_dual_clip(dual_clip, clip_as)
-    mask = usable(mask, advantages, old_log_probs)
+    mask = usable(mask, advantages, old_log_probs, weights)
     log_probs, advantages = keep(log_probs, mask), keep(advantages, mask)
     old = log_probs.detach() if old_log_probs is None else keep(old_log_probs, mask)
     raw = log_ratio_of(log_probs, old, mask, ratio)

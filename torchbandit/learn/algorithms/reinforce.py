@@ -140,7 +140,7 @@ class ReMax(RLOO):
 
     loss as RLOO's, with A = r - r(greedy). The greedy responses are scored beside the batch and never trained on.
 
-    Source: Li et al. 2023 (ReMax), algorithm 2.
+    Source: Li et al. 2023 (ReMax), algorithm 1.
     """
 
     least_group_size: ClassVar[int] = 1
