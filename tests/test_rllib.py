@@ -1,4 +1,4 @@
-"""RLlib in one process: runner, learner and module of `BanditPPO` share one policy."""
+"""RLlib in one process: runner, learner and module of `BanditAlgorithm` share one policy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID  # noqa: E402
 from rllib_toy import NUM_PROMPTS, T, ToyEnv, make_models, reward, toy_config  # noqa: E402
 
 from torchbandit.generation import Sampling  # noqa: E402
-from torchbandit.rllib import BanditEnvRunner, BanditPPO, BanditPPOConfig, CausalLMModule, PPOPtxLearner  # noqa: E402
+from torchbandit.rllib import BanditEnvRunner, BanditAlgorithm, BanditConfig, CausalLMModule, BanditLearner  # noqa: E402
 from torchbandit.rllib.wire import pack, unpack  # noqa: E402
 from torchbandit.testing.host_copy import count_host_copies  # noqa: E402
 
@@ -192,11 +192,11 @@ import json, sys, ray, torch  # noqa: E402
 torch.set_num_threads(1)
 from pathlib import Path  # noqa: E402
 from rllib_toy import toy_config, ToyEnv  # noqa: E402
-from torchbandit.rllib import BanditPPO  # noqa: E402
+from torchbandit.rllib import BanditAlgorithm  # noqa: E402
 from test_rllib import digest  # noqa: E402
 policy, corpus, path, mode = sys.argv[1:]
 ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-algo = BanditPPO.from_checkpoint(path)
+algo = BanditAlgorithm.from_checkpoint(path)
 print("DIGEST" + json.dumps(digest(algo)))
 algo.stop(); ray.shutdown()
 """
@@ -321,7 +321,7 @@ def test_evaluate_is_greedy_and_leaves_training_alone(paths: dict[str, str]) -> 
     plain.stop()
 
 
-class ShorterLearner(PPOPtxLearner):
+class ShorterLearner(BanditLearner):
     keywords: ClassVar[dict[str, Any]] = {"length_coef": 0.0}
 
     def compute_loss_for_module(self, *, module_id: str, config: Any, batch: Any, fwd_out: Any) -> torch.Tensor:
@@ -403,7 +403,7 @@ def test_a_failed_batch_gives_its_prompts_back(paths: dict[str, str]) -> None:
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
-def bad(edit: Callable[[BanditPPOConfig, dict[str, str]], Any]) -> Callable[[dict[str, str]], None]:
+def bad(edit: Callable[[BanditConfig, dict[str, str]], Any]) -> Callable[[dict[str, str]], None]:
     def run(paths: dict[str, str]) -> None:
         config = toy_config(paths["policy"])
         edit(config, paths)
@@ -435,7 +435,7 @@ class Elsewhere(ToyEnv):
         return env
 
 
-BAD: dict[str, tuple[Callable[[BanditPPOConfig, dict[str, str]], Any], str]] = {
+BAD: dict[str, tuple[Callable[[BanditConfig, dict[str, str]], Any], str]] = {
     "no env_fn": (lambda c, p: setattr(c, "env_fn", None), r"bandit\(env_fn=…\): must be a function.*got none"),
     "env_fn no function": (lambda c, p: c.bandit(env_fn=3), r"env_fn.*got int"),
     "env_fn returns something else": (lambda c, p: c.bandit(env_fn=lambda *a: "env"), "return a BanditEnv, got str"),
@@ -478,7 +478,7 @@ BAD: dict[str, tuple[Callable[[BanditPPOConfig, dict[str, str]], Any], str]] = {
     ),
     "unknown bandit": (lambda c, p: c.bandit(env_fun=1), "did you mean 'env_fn'"),
     "unknown module": (lambda c, p: c.rl_module(pretraind="x"), "did you mean 'pretrained'"),
-    "another learner": (lambda c, p: c.training(learner_class=object), "must be a subclass of PPOPtxLearner"),
+    "another learner": (lambda c, p: c.training(learner_class=object), "must be a subclass of BanditLearner"),
     "an env": (lambda c, p: c.environment(env="CartPole-v1"), "leave it out"),
 }
 
@@ -501,11 +501,11 @@ def test_gpu_fractions_reach_the_actors(paths: dict[str, str]) -> None:
     """Without a GPU here: what Ray is asked for, and the bundles that tune reserves."""
     config = toy_config(paths["policy"], runners=2, learners=1).env_runners(num_gpus_per_env_runner=0.5)
     config.learners(num_gpus_per_learner=0.25)
-    request = BanditPPO.default_resource_request(config)
+    request = BanditAlgorithm.default_resource_request(config)
     assert sorted(bundle.get("GPU", 0) for bundle in request.bundles) == [0, 0.25, 0.5, 0.5]
 
 
 def test_stochastic_evaluation_may_be_asked_for(paths: dict[str, str]) -> None:
-    config = toy_config(paths["policy"]).evaluation(evaluation_config=BanditPPOConfig.overrides(explore=True))
+    config = toy_config(paths["policy"]).evaluation(evaluation_config=BanditConfig.overrides(explore=True))
     assert config.get_evaluation_config_object().explore is True
     assert toy_config(paths["policy"]).get_evaluation_config_object().explore is False
