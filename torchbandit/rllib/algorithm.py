@@ -123,9 +123,7 @@ class BanditLoop(Algorithm):
         with self.metrics.log_time((names.TIMERS, names.LEARNER_UPDATE_TIMER)):
             seen = self.metrics.peek((names.ENV_RUNNER_RESULTS, names.NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
             results = self.learner_group.update(
-                batch=batch,
-                timesteps={names.NUM_ENV_STEPS_SAMPLED_LIFETIME: seen},
-                group_size=self._group_size,
+                batch=batch, timesteps={names.NUM_ENV_STEPS_SAMPLED_LIFETIME: seen}, group_size=self._group_size
             )
             self._told |= [result.pop(TOLD) for result in results][-1]  # of all learners together, in each of them
             self.metrics.aggregate(results, key=names.LEARNER_RESULTS)

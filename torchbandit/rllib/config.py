@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +13,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from torchbandit.generation import Sampling
 from torchbandit.learn import PPO
 from torchbandit.learn.algorithm import Algorithm
-from torchbandit.learn.find import name_of
+from torchbandit.learn.find import make_algorithm, name_of
 from torchbandit.learn.options import UpdateOptions
 from torchbandit.models import ModelSpec
 from torchbandit.rllib import keywords
@@ -56,8 +55,8 @@ class BanditConfig(AlgorithmConfig):
         self.algo_options: dict[str, Any] = {}
         self.ptx_data: Any = None
         self.ptx_length = 512
-        for field in keywords.UPDATE:
-            setattr(self, field.name, field.default)
+        for name, default in keywords.UPDATE.items():
+            setattr(self, name, default)
         self.lr = 1e-6
         self.grad_clip = 1.0
         self.num_epochs, self.minibatch_size = 1, None
@@ -71,12 +70,7 @@ class BanditConfig(AlgorithmConfig):
         self.add_default_connectors_to_learner_pipeline = False
         self.evaluation_config = {"explore": False}
 
-    def bandit(
-        self,
-        *,
-        env_fn: Callable[..., Any] = NotProvided,
-        sampling: Sampling = NotProvided,
-    ) -> Self:
+    def bandit(self, *, env_fn: Callable[..., Any] = NotProvided, sampling: Sampling = NotProvided) -> Self:
         """The environment and how responses are drawn.
 
         Args:
@@ -128,12 +122,6 @@ class BanditConfig(AlgorithmConfig):
         ptx_data: Any = NotProvided,
         ptx_length: int = NotProvided,
         learner_class: type = NotProvided,
-        lr: Any = NotProvided,
-        grad_clip: float | None = NotProvided,
-        num_epochs: int = NotProvided,
-        minibatch_size: int | None = NotProvided,
-        train_batch_size_per_learner: int = NotProvided,
-        optimizer: dict[str, Any] = NotProvided,
         **kwargs: Any,
     ) -> Self:
         """What is learnt, and how.
@@ -144,14 +132,11 @@ class BanditConfig(AlgorithmConfig):
             ptx_data: corpus file, ids [M, L] int64 or (ids, mask), or a function `device -> batches` of (ids, mask).
             ptx_length: longest row of a corpus file.
             learner_class: a subclass of `BanditLearner` with a loss of one's own.
-            lr: a number, or RLlib's schedule [[rows sampled, rate], …].
-            grad_clip: gradients are clipped to this norm; None or 0 for no clipping.
-            num_epochs: passes over each batch.
-            minibatch_size: rows of an update and learner; None takes the whole batch.
-            train_batch_size_per_learner: rows of an iteration and learner.
-            optimizer: options of AdamW, as {"weight_decay": 0.01}.
-            kwargs: the algorithm's own options (its class has them), those of `torchbandit.learn.UpdateOptions`
-                (ptx_coef, entropy_coef, micro_batch_size, refill, mismatch, …), and what the learner class declares.
+            kwargs: the algorithm's own options (its class has them); those of `torchbandit.learn.UpdateOptions`
+                (ptx_coef, entropy_coef, micro_batch_size, refill, mismatch, …); what the learner class declares; and
+                of RLlib's lr (a number, or [[rows sampled, rate], …]), grad_clip (a norm; None or 0: no clipping),
+                num_epochs, minibatch_size (rows of an update and learner; None: the whole batch),
+                train_batch_size_per_learner (rows of an iteration) and optimizer (options of AdamW).
         Raises:
             ValueError: there is no such keyword; the nearest is named, or the algorithms that have it.
         """
@@ -165,33 +150,32 @@ class BanditConfig(AlgorithmConfig):
             self.ptx_data = (ptx_data, torch.ones_like(ptx_data, dtype=torch.bool)) if is_ids else _absolute(ptx_data)
         if ptx_length is not NotProvided:
             self.ptx_length = ptx_length
-        known = [name for name in inspect.signature(BanditConfig.training).parameters if name not in ("self", "kwargs")]
-        update = [field.name for field in keywords.UPDATE]
-        of_learner = keywords.of_learner(self.learner_class)
-        own = keywords.of_algorithm(self.algo)
+        of_learner, own = keywords.of_learner(self.learner_class), keywords.of_algorithm(self.algo)
+        rllibs: dict[str, Any] = {}
         for name, value in kwargs.items():
-            if name in update or name in of_learner:
+            if name in keywords.RLLIB:
+                rllibs[name] = value
+            elif name in keywords.UPDATE or name in of_learner:
                 setattr(self, name, value)
             elif name in own:
                 self.algo_options = self.algo_options | {name: value}
+                continue
             else:
-                raise ValueError(keywords.why_unknown(name, self.algo, [*known, *update, *of_learner, *own], own))
-        super().training(
-            lr=lr, grad_clip=grad_clip, num_epochs=num_epochs, minibatch_size=minibatch_size,
-            train_batch_size_per_learner=train_batch_size_per_learner, optimizer=optimizer,
-        )  # fmt: skip
+                raise ValueError(keywords.why_unknown(name, self.algo, [*of_learner, *own]))
+            if name in own and self.algo is not None:
+                raise ValueError(
+                    f"training({name}=…): is an option of {name_of(self.algo)} and of every algorithm; pass algo an "
+                    "instance that has it"
+                )
+        super().training(**rllibs)
         return self
 
     # --- what the parts read ---------------------------------------------------------------------------------------
 
     @property
     def algorithm(self) -> Algorithm:
-        """The algorithm with its options.
-
-        Raises:
-            ValueError: none is named, it is none, or it refuses an option.
-        """
-        return keywords.make(self.algo, self.algo_options)
+        """The algorithm with its options; ValueError where none is named, it is none, or it refuses an option."""
+        return make_algorithm(self.algo, self.algo_options)
 
     def update_options(self, rows: int | None = None) -> UpdateOptions:
         """What `torchbandit.learn` needs beside the algorithm.
@@ -205,7 +189,7 @@ class BanditConfig(AlgorithmConfig):
             minibatches=1 if rows is None or not size else rows // size,
             max_grad_norm=self.grad_clip or 0.0,
             seed=self.seed or 0,
-            **{field.name: getattr(self, field.name) for field in keywords.UPDATE},
+            **{name: getattr(self, name) for name in keywords.UPDATE},
         )
 
     # --- what RLlib asks of a config -------------------------------------------------------------------------------

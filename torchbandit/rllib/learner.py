@@ -19,12 +19,12 @@ from torch import Tensor
 
 from torchbandit.learn.algorithm import Denominators
 from torchbandit.learn.metrics import to_host
+from torchbandit.learn.ptx import PtxData
 from torchbandit.learn.ranks import Ranks
 from torchbandit.learn.update import Update
 from torchbandit.losses import Loss
 from torchbandit.masters import MasterOptimizer
 from torchbandit.rllib.module import CausalLMModule, same_algorithms
-from torchbandit.rllib.ptx import PtxData
 from torchbandit.rllib.wire import flatten, pack, to_tensor, unflatten, unpack
 
 STATE = "torchbandit"

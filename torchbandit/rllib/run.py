@@ -77,9 +77,7 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditConfig:
     config = BanditConfig()
     config.bandit(env_fn=EnvOfOptions(options), sampling=build.build_sampling(options))
     config.env_runners(
-        num_env_runners=options.env_runners,
-        num_cpus_per_env_runner=1,
-        num_gpus_per_env_runner=runner_gpus,
+        num_env_runners=options.env_runners, num_cpus_per_env_runner=1, num_gpus_per_env_runner=runner_gpus
     )
     config.learners(num_learners=options.learners, num_gpus_per_learner=learner_gpus, local_gpu_idx=device.index or 0)
     config.rl_module(
@@ -89,7 +87,7 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditConfig:
         packing=options.packing,
     )
     config.training(
-        algo=options.algo,
+        algo=options.algorithm,
         lr=_learning_rate(options, rows),
         num_epochs=options.epochs,
         minibatch_size=rows // max(1, options.learners) // options.minibatches,
@@ -97,8 +95,7 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditConfig:
         optimizer={"weight_decay": options.weight_decay},
         ptx_data=options.ptx_data if options.ptx_coef else None,
         ptx_length=build.ptx_length(options, build.build_tokenizer(options)),
-        **options.algo_options,
-        **{field.name: getattr(options, field.name) for field in UPDATE},
+        **{name: getattr(options, name) for name in UPDATE},
     )
     config.debugging(seed=options.seed)
     return config
