@@ -18,7 +18,7 @@ ray = pytest.importorskip("ray", reason="the rllib extra is not installed")
 from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID  # noqa: E402
 from rllib_toy import ToyEnv, make_models, reward, toy_config  # noqa: E402
 
-from torchbandit.rllib import BanditEnvRunner, BanditAlgorithm  # noqa: E402
+from torchbandit.rllib import BanditAlgorithm, BanditEnvRunner  # noqa: E402
 
 pytestmark = pytest.mark.slow
 LOGGER = "torchbandit.rllib.algorithm"
