@@ -100,6 +100,15 @@ def make_algorithm(algo: str | type[Algorithm] | Algorithm | None, options: dict
     return dataclasses.replace(algo, **options) if isinstance(algo, Algorithm) else cls(**options)
 
 
+def check_groups(algo: str | Algorithm, group_size: int, *, refill: bool) -> None:
+    """ValueError where an algorithm, or dynamic sampling, has too few responses of a prompt to compare."""
+    least = find_algorithm(algo).least_group_size
+    if group_size < least:
+        raise ValueError(f"group_size: must be at least {least} for {name_of(algo)}, got {group_size}")
+    if refill and group_size < 2:
+        raise ValueError(f"refill: compares the rewards of a group, so group_size must be at least 2, got {group_size}")
+
+
 def unknown_option(option: str, name: str, own: list[str]) -> str:
     """Why an algorithm refuses an option: who has it, or what comes nearest."""
     owners = owners_of(option)

@@ -14,7 +14,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils import metrics as names
 
-from torchbandit.learn.find import name_of
+from torchbandit.learn.find import check_groups
 from torchbandit.learn.metrics import Metrics
 from torchbandit.learn.update import SKIPPED_IN_A_ROW, why_skipped
 from torchbandit.rllib.broadcast import Broadcast
@@ -32,11 +32,7 @@ class BanditLoop(Algorithm):
     """The loop of `BanditAlgorithm`, which adds its default config to it. Works in `tune.Tuner` too."""
 
     def setup(self, config: Any) -> None:
-        """Build runners and learners, then check that their sizes go together, before anything is trained.
-
-        Raises:
-            ValueError: a runner could not be built (which, on what node, and why), or rows do not divide.
-        """
+        """Build runners and learners; ValueError where one could not be built, or rows do not divide."""
         self._places: dict[int, dict[str, Any]] = {}
         self._told: Metrics = {}
         try:
@@ -78,7 +74,7 @@ class BanditLoop(Algorithm):
                 f"got (rows, group_size, width) of {sorted(sizes)}; build the same PromptSet everywhere"
             )
         ((self._rows, self._group_size, _),) = sizes
-        self._check_groups(self._group_size)
+        check_groups(config.algorithm, self._group_size, refill=config.refill)
         round_of_all = self._rows * runners
         self._total_rows = config.total_train_batch_size or round_of_all
         told = f"{runners} runner(s) x {self._rows} rows a batch"
@@ -93,24 +89,11 @@ class BanditLoop(Algorithm):
                 f"num_learners: must divide the {self._total_rows // self._group_size} groups of a batch ({told}), got "
                 f"{learners}; change num_prompts or the number of learners"
             )
-        share = self._total_rows // learners
-        size = config.minibatch_size
+        share, size = self._total_rows // learners, config.minibatch_size
         if size and (share % size or size % self._group_size):
             raise ValueError(
                 f"minibatch_size: must divide the {share} rows of a learner ({self._total_rows} rows over {learners} "
                 f"learner(s)) in whole groups of {self._group_size}, got {size}"
-            )
-
-    def _check_groups(self, group_size: int) -> None:
-        algorithm, config = self.config.algorithm, self.config
-        if group_size < algorithm.least_group_size:
-            raise ValueError(
-                f"group_size: must be at least {algorithm.least_group_size} for {name_of(algorithm)}, got "
-                f"{group_size}; set it in the BanditEnv of env_fn"
-            )
-        if config.refill and group_size < 2:
-            raise ValueError(
-                f"refill: compares the rewards of a group, so group_size must be at least 2, got {group_size}"
             )
 
     # --- one iteration ---------------------------------------------------------------------------------------------

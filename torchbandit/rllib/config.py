@@ -48,8 +48,7 @@ class BanditConfig(AlgorithmConfig):
         self.sampling = Sampling()
         self.pretrained: Any = None
         self.critic: Any = None
-        self.dtype = "auto"
-        self.gradient_checkpointing = False
+        self.dtype, self.gradient_checkpointing = "auto", False
         self.packing: Any = "auto"
         self.algo: Any = None
         self.algo_options: dict[str, Any] = {}
@@ -57,14 +56,11 @@ class BanditConfig(AlgorithmConfig):
         self.ptx_length = 512
         for name, default in keywords.UPDATE.items():
             setattr(self, name, default)
-        self.lr = 1e-6
-        self.grad_clip = 1.0
+        self.lr, self.grad_clip = 1e-6, 1.0
         self.num_epochs, self.minibatch_size = 1, None
         self.train_batch_size, self._train_batch_size_per_learner = None, 0
-        self.num_env_runners = 0
-        self.env_runner_cls = BanditEnvRunner
-        self.sample_timeout_s = 3600.0
-        self.delay_between_env_runner_restarts_s = 0.0
+        self.num_env_runners, self.env_runner_cls = 0, BanditEnvRunner
+        self.sample_timeout_s, self.delay_between_env_runner_restarts_s = 3600.0, 0.0
         # There are no connector states to merge; weights have their own broadcast.
         self._dont_auto_sync_env_runner_states = True
         self.add_default_connectors_to_learner_pipeline = False
@@ -178,38 +174,25 @@ class BanditConfig(AlgorithmConfig):
         return make_algorithm(self.algo, self.algo_options)
 
     def update_options(self, rows: int | None = None) -> UpdateOptions:
-        """What `torchbandit.learn` needs beside the algorithm.
-
-        Args:
-            rows: of a learner's batch, which `minibatch_size` cuts; None leaves it whole.
-        """
+        """What `torchbandit.learn` needs beside the algorithm, for a learner's batch of so many rows."""
         size: Any = self.minibatch_size
+        parts = 1 if rows is None or not size else rows // size
         return UpdateOptions(
-            epochs=self.num_epochs,
-            minibatches=1 if rows is None or not size else rows // size,
-            max_grad_norm=self.grad_clip or 0.0,
-            seed=self.seed or 0,
+            epochs=self.num_epochs, minibatches=parts, max_grad_norm=self.grad_clip or 0.0, seed=self.seed or 0,
             **{name: getattr(self, name) for name in keywords.UPDATE},
-        )
+        )  # fmt: skip
 
     # --- what RLlib asks of a config -------------------------------------------------------------------------------
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         """A `CausalLMModule` of this config: paths and settings, never weights (an actor restart needs them again)."""
-        needs_critic = self.algorithm.needs_critic
+        critic = "head" if self.critic is None and self.algorithm.needs_critic else self.critic
+        settings = dict(
+            pretrained=self.pretrained, critic=critic, dtype=self.dtype, sampling=self.sampling, packing=self.packing,
+            device="cpu", empty=False,
+        )  # fmt: skip
         return RLModuleSpec(
-            module_class=CausalLMModule,
-            observation_space=PLACEHOLDER,
-            action_space=PLACEHOLDER,
-            model_config={
-                "pretrained": self.pretrained,
-                "critic": "head" if needs_critic and self.critic is None else self.critic,
-                "dtype": self.dtype,
-                "sampling": self.sampling,
-                "packing": self.packing,
-                "device": "cpu",
-                "empty": False,
-            },
+            module_class=CausalLMModule, observation_space=PLACEHOLDER, action_space=PLACEHOLDER, model_config=settings
         )
 
     def get_default_learner_class(self) -> type:
@@ -217,11 +200,7 @@ class BanditConfig(AlgorithmConfig):
         return BanditLearner
 
     def validate(self) -> None:
-        """Check everything that can be known before a process is started.
-
-        Raises:
-            ValueError: names the option, what it must be, what it is, and what to do.
-        """
+        """ValueError for everything that can be known before a process is started."""
         self.create_local_env_runner = self.num_env_runners == 0
         for name, default in keywords.of_learner(self.learner_class).items():
             if not hasattr(self, name):

@@ -60,9 +60,8 @@ class BanditLearner(TorchLearner):
         rank = torch.distributed.get_rank() if self.distributed else 0
         self._ranks = Ranks(rank, max(1, int(self.config.num_learners)), self._sum if self.distributed else None)
         if self.config.ptx_coef:
-            data, length = self.config.ptx_data, self.config.ptx_length
-            seed, tokenizer = self.config.update_options().seed, self.lm_module.policy.tokenizer
-            self._ptx = PtxData(data, tokenizer, length, seed, self._device)
+            tokenizer, seed = self.lm_module.policy.tokenizer, self.config.seed or 0
+            self._ptx = PtxData(self.config.ptx_data, tokenizer, self.config.ptx_length, seed, self._device)
             self._ptx.shard(self._ranks.rank, self._ranks.world_size)
 
     def _make_module(self) -> Any:
@@ -130,19 +129,11 @@ class BanditLearner(TorchLearner):
         return {**self.metrics.reduce(), TOLD: told}
 
     def _make_core(self, rows: int, group_size: int) -> Update:
-        module = self.module[DEFAULT_MODULE_ID]
+        no_sync = {"no_sync": self.module[DEFAULT_MODULE_ID].no_sync} if self.distributed else {}
         return Update(
-            self.lm_module.policy,
-            self._algorithm,
-            self.config.update_options(rows),
-            self._masters,
-            group_size=group_size,
-            ptx=self._ptx,
-            ranks=self._ranks,
-            forward=self._forward,
-            loss=self._loss,
-            **({"no_sync": module.no_sync} if self.distributed else {}),
-        )
+            self.lm_module.policy, self._algorithm, self.config.update_options(rows), self._masters,
+            group_size=group_size, ptx=self._ptx, ranks=self._ranks, forward=self._forward, loss=self._loss, **no_sync,
+        )  # fmt: skip
 
     def _forward(self, td: TensorDict, **options: Any) -> TensorDict:
         """The policy's forward through RLlib's module, which is what DDP wraps."""
@@ -150,11 +141,9 @@ class BanditLearner(TorchLearner):
 
     def _loss(self, out: TensorDict, targets: TensorDict, denominators: Denominators) -> Loss:
         self._told = {}
+        batch = {**flatten(targets), "denominators": denominators}
         loss = self.compute_loss_for_module(
-            module_id=DEFAULT_MODULE_ID,
-            config=self.config,
-            batch={**flatten(targets), "denominators": denominators},
-            fwd_out=dict(out.items()),
+            module_id=DEFAULT_MODULE_ID, config=self.config, batch=batch, fwd_out=dict(out.items())
         )
         return loss, self._told
 
@@ -171,9 +160,8 @@ class BanditLearner(TorchLearner):
             scalar with gradient: sums divided by a denominator, so that microbatches and learners add up.
         """
         targets = unflatten({key: value for key, value in batch.items() if key != "denominators"})
-        loss, metrics = self._algorithm.loss(
-            TensorDict(fwd_out, batch_size=[]), targets, denominators=batch["denominators"]
-        )
+        out = TensorDict(fwd_out, batch_size=[])
+        loss, metrics = self._algorithm.loss(out, targets, denominators=batch["denominators"])
         self.add_metrics(metrics)
         return loss
 
@@ -191,8 +179,8 @@ class BanditLearner(TorchLearner):
         for group in optimizer.param_groups:
             group["lr"] = float(lr)
 
-    def _sum(self, x: Tensor) -> Tensor:
-        """Over learners."""
+    @staticmethod
+    def _sum(x: Tensor) -> Tensor:
         x = x.clone()
         torch.distributed.all_reduce(x)
         return x

@@ -63,16 +63,9 @@ class CausalLMModule(TorchRLModule):
             ) from error
         self.num_loads = 0
 
-    def generate(
-        self,
-        td: TensorDictBase,
-        *,
-        greedy: bool = False,
-        generator: torch.Generator | None = None,
-        group_size: int | None = None,
-    ) -> TensorDict:
-        """Answer every prompt; where `BanditEnvRunner` gets its responses. As `CausalLMPolicy.generate`."""
-        return self.policy.generate(td, greedy=greedy, generator=generator, group_size=group_size)
+    def generate(self, td: TensorDictBase, **options: Any) -> TensorDict:
+        """Answer every prompt, as `CausalLMPolicy.generate`; where `BanditEnvRunner` gets its responses."""
+        return self.policy.generate(td, **options)
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """`CausalLMPolicy.forward` of batch["td"]; the other keys are its options, ptx among them, so that DDP
@@ -148,10 +141,8 @@ def empty_module(config: Any, device: torch.device) -> CausalLMModule:
     spaces = {DEFAULT_MODULE_ID: (PLACEHOLDER, PLACEHOLDER)}
     spec = config.get_rl_module_spec(spaces=spaces, inference_only=True)
     module = spec.module_class(
-        observation_space=PLACEHOLDER,
-        action_space=PLACEHOLDER,
-        inference_only=True,
+        observation_space=PLACEHOLDER, action_space=PLACEHOLDER, inference_only=True,
         model_config=spec.model_config | {"device": str(device), "empty": True},
-    )
+    )  # fmt: skip
     assert isinstance(module, CausalLMModule)
     return module

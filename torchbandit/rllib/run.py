@@ -83,20 +83,16 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditConfig:
     config.rl_module(
         pretrained=spec(options.policy),
         critic=options.critic if options.critic in (None, "head") else spec(options.critic),
-        gradient_checkpointing=options.gradient_checkpointing,
-        packing=options.packing,
-    )
+        gradient_checkpointing=options.gradient_checkpointing, packing=options.packing,
+    )  # fmt: skip
     config.training(
-        algo=options.algorithm,
-        lr=_learning_rate(options, rows),
-        num_epochs=options.epochs,
+        algo=options.algorithm, lr=_learning_rate(options, rows), num_epochs=options.epochs,
         minibatch_size=rows // max(1, options.learners) // options.minibatches,
-        grad_clip=options.max_grad_norm,
-        optimizer={"weight_decay": options.weight_decay},
+        grad_clip=options.max_grad_norm, optimizer={"weight_decay": options.weight_decay},
         ptx_data=options.ptx_data if options.ptx_coef else None,
         ptx_length=build.ptx_length(options, build.build_tokenizer(options)),
         **{name: getattr(options, name) for name in UPDATE},
-    )
+    )  # fmt: skip
     config.debugging(seed=options.seed)
     return config
 

@@ -74,19 +74,16 @@ def stock_ppo_config(
     config = StockPPOConfig()
     config.environment(env=name)
     config.env_runners(
-        num_env_runners=0,
-        num_envs_per_env_runner=envs.num_envs,
-        gym_env_vectorize_mode="vector_entry_point",
+        num_env_runners=0, num_envs_per_env_runner=envs.num_envs, gym_env_vectorize_mode="vector_entry_point",
         env_to_module_connector=lambda env, spaces=None, device=None: FetchPrompts(_live(name)),
         add_default_connectors_to_env_to_module_pipeline=False,
         module_to_env_connector=lambda env, spaces=None, device=None: PassOn(),
         add_default_connectors_to_module_to_env_pipeline=False,
-    )
+    )  # fmt: skip
     config.learners(
-        num_learners=0,
-        learner_connector=lambda obs_space, action_space: FetchRows(name),
+        num_learners=0, learner_connector=lambda obs_space, action_space: FetchRows(name),
         add_default_connectors_to_learner_pipeline=False,
-    )
+    )  # fmt: skip
     settings = dict(
         pretrained=pretrained, critic=critic, dtype=dtype, sampling=sampling, packing="auto",
         device=str(envs.bandit.device), empty=False,
