@@ -92,7 +92,8 @@ def test_results(paths: dict[str, str]) -> None:
     assert [r["env_runners"]["num_env_steps_sampled_lifetime"] for r in results] == [32, 64]
     assert [r["env_runners"]["num_episodes"] for r in results] == [32, 32]
     assert sampled["num_agent_steps_sampled"] == {"default_agent": 32}
-    assert sampled["episode_return_mean"] == sampled["reward"] == sampled["reward_terms"]["low/bytes"]
+    assert sampled["episode_return_mean"] == sampled["reward"]
+    assert sampled["reward"] == pytest.approx(sampled["reward_terms"]["low/bytes"])
     assert len(seen) == 4 and sampled["reward"] == pytest.approx((seen[2] + seen[3]) / 2)
     assert set(sampled["reward_terms"]) == {"low/bytes", "kl"} and abs(sampled["kl"]) < 1e-4
     assert {"reward", "unscorable", "truncated", "response_length"} <= set(sampled)
@@ -540,7 +541,12 @@ BAD: dict[str, tuple[Callable[[BanditConfig, dict[str, str]], Any], str]] = {
     "local epochs": (lambda c, p: c.training(epochs=2), "is num_epochs here"),
     "rllib's shuffle": (lambda c, p: c.training(shuffle_batch_per_epoch=False), "no such keyword"),
     "no epochs": (lambda c, p: c.training(num_epochs=0), "num_epochs=….*at least 1, got 0"),
-    "negative norm": (lambda c, p: c.training(grad_clip=-1.0), "grad_clip=….*at least 0, got -1"),
+    "negative norm": (lambda c, p: c.training(grad_clip=-2.0), "grad_clip=….*at least 0, got -2"),
+    "RLlib's none": (
+        lambda c, p: c.training(ptx_coef=-1),
+        r"training\(ptx_coef=…\): must not be -1, which RLlib takes",
+    ),
+    "no seed": (lambda c, p: c.debugging(seed=-1), r"debugging\(seed=…\): must not be -1"),
     "no minibatch": (lambda c, p: c.training(minibatch_size=0), "minibatch_size=….*at least 1, got 0"),
     "bad mismatch": (lambda c, p: c.training(mismatch="cap"), r"training\(mismatch=…\): must be truncate, mask or off"),
     "draws without refill": (lambda c, p: c.training(max_draws=9), "is of dynamic sampling; add refill"),
@@ -555,7 +561,7 @@ BAD: dict[str, tuple[Callable[[BanditConfig, dict[str, str]], Any], str]] = {
     "parted siblings": (lambda c, p: c.training(minibatch_size=2), "in whole groups of 4, got 2"),
     "ptx without data": (lambda c, p: c.training(ptx_coef=0.1), "needs ptx_data, got none"),
     "ptx data of another kind": (lambda c, p: c.training(ptx_coef=0.1, ptx_data=3.5), "ptx_data: must be.*got float"),
-    "negative ptx": (lambda c, p: c.training(ptx_coef=-1), "ptx_coef.*at least 0"),
+    "negative ptx": (lambda c, p: c.training(ptx_coef=-0.5), "ptx_coef.*at least 0, got -0.5"),
     "minibatch above the batch": (lambda c, p: c.training(minibatch_size=17), "minibatch_size: must divide the 16"),
     "minibatch above a given batch": (
         lambda c, p: c.training(minibatch_size=32, train_batch_size_per_learner=16),

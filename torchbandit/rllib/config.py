@@ -149,7 +149,9 @@ class BanditConfig(AlgorithmConfig):
         of_learner, own = keywords.of_learner(self.learner_class), keywords.of_algorithm(self.algo)
         rllibs: dict[str, Any] = {}
         for name, value in kwargs.items():
-            if name in keywords.RLLIB:
+            if name not in own:
+                keywords.check_given("training", name, value)
+            if name in keywords.RLLIB or (name == "model" and value == self.model):  # as RLlib's own copies have it
                 rllibs[name] = value
             elif name in keywords.UPDATE or name in of_learner:
                 setattr(self, name, value)

@@ -59,6 +59,12 @@ def _no_such(method: str, given: str, known: Collection[str]) -> str:
     return f"{method}({given}=…): no such keyword; {hint}"
 
 
+def check_given(method: str, name: str, value: Any) -> None:
+    """ValueError for -1, which RLlib takes for "not given" and drops when an algorithm is built."""
+    if isinstance(value, (int, float)) and value == -1:
+        raise ValueError(f"{method}({name}=…): must not be -1, which RLlib takes for none given, got {value}")
+
+
 def with_hint(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     """Name an unknown keyword and its nearest known one, in place of Python's TypeError."""
 
@@ -71,6 +77,7 @@ def with_hint(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         for given in kwargs:
             if given not in known:
                 raise ValueError(_no_such(name, given, known))
+            check_given(name, given, kwargs[given])
         return method(self, *args, **kwargs)
 
     return checked
