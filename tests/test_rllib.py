@@ -544,7 +544,7 @@ BAD: dict[str, tuple[Callable[[BanditConfig, dict[str, str]], Any], str]] = {
     "negative norm": (lambda c, p: c.training(grad_clip=-2.0), "grad_clip=….*at least 0, got -2"),
     "RLlib's none": (
         lambda c, p: c.training(ptx_coef=-1),
-        r"training\(ptx_coef=…\): must not be -1, which RLlib takes",
+        r"training\(ptx_coef=…\): must not be -1, which RLlib",
     ),
     "no seed": (lambda c, p: c.debugging(seed=-1), r"debugging\(seed=…\): must not be -1"),
     "no minibatch": (lambda c, p: c.training(minibatch_size=0), "minibatch_size=….*at least 1, got 0"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -244,13 +243,7 @@ class BanditLoop(Algorithm):
         finally:
             runner.go_to(before)
 
-    def get_state(
-        self,
-        components: str | Collection[str] | None = None,
-        *,
-        not_components: str | Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
         """RLlib's state, and the place of every remote runner."""
         state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
         if self._places and self._check_component(PLACES, components, not_components):

@@ -81,15 +81,9 @@ class BanditConfig(AlgorithmConfig):
         return self
 
     def rl_module(
-        self,
-        *,
-        pretrained: str | Path | ModelSpec = NotProvided,
-        critic: str | Path | ModelSpec | None = NotProvided,
-        dtype: str = NotProvided,
-        gradient_checkpointing: bool = NotProvided,
-        packing: Any = NotProvided,
-        **kwargs: Any,
-    ) -> Self:
+        self, *, pretrained: str | Path | ModelSpec = NotProvided, critic: str | Path | ModelSpec | None = NotProvided,
+        dtype: str = NotProvided, gradient_checkpointing: bool = NotProvided, packing: Any = NotProvided, **kwargs: Any,
+    ) -> Self:  # fmt: skip
         """The policy.
 
         Args:
@@ -112,14 +106,9 @@ class BanditConfig(AlgorithmConfig):
         return self
 
     def training(
-        self,
-        *,
-        algo: str | type[Algorithm] | Algorithm = NotProvided,
-        ptx_data: Any = NotProvided,
-        ptx_length: int = NotProvided,
-        learner_class: type = NotProvided,
-        **kwargs: Any,
-    ) -> Self:
+        self, *, algo: str | type[Algorithm] | Algorithm = NotProvided, ptx_data: Any = NotProvided,
+        ptx_length: int = NotProvided, learner_class: type = NotProvided, **kwargs: Any,
+    ) -> Self:  # fmt: skip
         """What is learnt, and how.
 
         Args:

@@ -7,7 +7,7 @@ after a crash, goes on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import fsum
 from typing import Any
@@ -104,12 +104,8 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         told = {"worker": self.worker_index, "node": here(), "problem": self.problem}
         if self.problem is not None or self.env is None:
             return told
-        return told | {
-            "rows": self.env.batch_size,
-            "group_size": self.env.group_size,
-            "prompt_width": self.env.prompts.width,
-            PLACE: self.place(),
-        }
+        sizes = {"group_size": self.env.group_size, "prompt_width": self.env.prompts.width}
+        return told | sizes | {"rows": self.env.batch_size, PLACE: self.place()}
 
     def get_spaces(self) -> dict[str, tuple[Any, Any]]:
         """Placeholders: RLlib asks for spaces, and a bandit on token tensors has none to tell."""
@@ -127,21 +123,13 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
     # --- sampling ------------------------------------------------------------------------------------------------
 
     def sample(
-        self,
-        *,
-        num_timesteps: int | None = None,
-        num_episodes: int | None = None,
-        explore: bool | None = None,
-        random_actions: bool = False,
-        force_reset: bool = False,
-    ) -> list[MultiAgentBatch]:
-        """At least that many rows, in whole prompt batches (one without a number), as tensors on the device.
+        self, *, num_timesteps: int | None = None, num_episodes: int | None = None, explore: bool | None = None,
+        random_actions: bool = False, **kwargs: Any,
+    ) -> list[MultiAgentBatch]:  # fmt: skip
+        """At least that many rows (or episodes, which are the same), as tensors on the device.
 
-        Args:
-            num_timesteps, num_episodes: rows; the two are the same here.
-            explore: False answers greedily; None takes the config's.
-            random_actions: refused.
-            force_reset: nothing to do, since every batch begins anew.
+        They come in whole prompt batches, one without a number. explore=False answers greedily, None is the config's;
+        random actions are refused.
         """
         if random_actions:
             raise ValueError("random_actions: a policy over tokens has no use for random ones; leave it False")
@@ -204,12 +192,9 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         """Means over the batches since the last call; one copy from the device for all numbers of a batch."""
         assert self.env is not None
         rows = len(self._sampled) * self.env.batch_size
-        sums: dict[str, float] = {
-            names.NUM_ENV_STEPS_SAMPLED: rows,
-            f"{names.NUM_AGENT_STEPS_SAMPLED}/{DEFAULT_AGENT_ID}": rows,
-            f"{names.NUM_MODULE_STEPS_SAMPLED}/{DEFAULT_MODULE_ID}": rows,
-            names.NUM_EPISODES: rows,
-        }
+        agent, module = f"{names.NUM_AGENT_STEPS_SAMPLED}/{DEFAULT_AGENT_ID}", names.NUM_MODULE_STEPS_SAMPLED
+        counted = (names.NUM_ENV_STEPS_SAMPLED, agent, f"{module}/{DEFAULT_MODULE_ID}", names.NUM_EPISODES)
+        sums: dict[str, float] = dict.fromkeys(counted, rows)
         means: dict[str, float] = {} if self._shares_module else {names.WEIGHTS_SEQ_NO: self.weights_seq_no}
         if self._sampled:
             each = [to_host(numbers) for numbers, _ in self._sampled]
@@ -249,13 +234,7 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         if generator:
             self.generator.set_state(unpack(place["generator"]))
 
-    def get_state(
-        self,
-        components: str | Collection[str] | None = None,
-        *,
-        not_components: str | Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
         """The place, and the weights if they are asked for."""
         state: dict[str, Any] = {names.NUM_ENV_STEPS_SAMPLED_LIFETIME: self.num_env_steps_sampled_lifetime}
         if self.env is not None and self._check_component(PLACE, components, not_components):

@@ -6,7 +6,6 @@ that are learners, `compute_loss_for_module`, and state as bits. (B, T, G: see b
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -187,13 +186,7 @@ class BanditLearner(TorchLearner):
 
     # --- state -------------------------------------------------------------------------------------------------
 
-    def get_state(
-        self,
-        components: str | Collection[str] | None = None,
-        *,
-        not_components: str | Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
         """RLlib's state, the batches learnt from, and the place in the ptx data."""
         state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
         if self._check_component(STATE, components, not_components):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
@@ -83,14 +83,7 @@ class CausalLMModule(TorchRLModule):
         """Nothing: the policy is in the mode it needs; RLlib would switch it around every forward pass."""
         return self
 
-    def get_state(
-        self,
-        components: str | Collection[str] | None = None,
-        *,
-        not_components: str | Collection[str] | None = None,
-        inference_only: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+    def get_state(self, components: Any = None, **kwargs: Any) -> dict[str, Any]:
         """All weights as bits, tied ones once; the runner needs the critic too, so `inference_only` drops nothing."""
         return {"weights": pack(self.weights())}
 
