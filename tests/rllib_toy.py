@@ -13,7 +13,7 @@ from torchbandit.generation import Sampling
 from torchbandit.models import load_tokenizer
 from torchbandit.prompts import PromptSet
 from torchbandit.rewards import KLPenalty, RewardTerm
-from torchbandit.rllib import BanditPPOConfig
+from torchbandit.rllib import BanditConfig
 
 T = 6
 NUM_PROMPTS = 24
@@ -59,11 +59,11 @@ class ToyEnv:
 
 def toy_config(
     policy: str, runners: int = 0, learners: int = 0, *, env_fn: Any = None, **training: Any
-) -> BanditPPOConfig:
+) -> BanditConfig:
     """The toy on `runners` and `learners`; one logical CPU each."""
-    settings: dict[str, Any] = dict(lr=3e-3, num_epochs=2, minibatch_size=16) | training
+    settings: dict[str, Any] = dict(algo="ppo", lr=3e-3, num_epochs=2, minibatch_size=16) | training
     return (
-        BanditPPOConfig()
+        BanditConfig()
         .bandit(env_fn=env_fn or ToyEnv(policy), sampling=Sampling(max_new_tokens=T))
         .env_runners(num_env_runners=runners, num_cpus_per_env_runner=1)
         .learners(num_learners=learners)

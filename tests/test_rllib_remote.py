@@ -18,7 +18,7 @@ ray = pytest.importorskip("ray", reason="the rllib extra is not installed")
 from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID  # noqa: E402
 from rllib_toy import ToyEnv, make_models, reward, toy_config  # noqa: E402
 
-from torchbandit.rllib import BanditEnvRunner, BanditPPO  # noqa: E402
+from torchbandit.rllib import BanditAlgorithm, BanditEnvRunner  # noqa: E402
 
 pytestmark = pytest.mark.slow
 LOGGER = "torchbandit.rllib.algorithm"
@@ -238,7 +238,7 @@ def test_tune_over_two_coefficients(run: Run, tmp_path: Path) -> None:
 
     config = toy_config(run.paths["policy"], ptx_coef=tune.grid_search([0.0, 0.5]), ptx_data=run.paths["corpus.txt"])
     run_config = tune.RunConfig(stop={"training_iteration": 1}, storage_path=str(tmp_path), verbose=0)
-    results = tune.Tuner(BanditPPO, param_space=config, run_config=run_config).fit()
+    results = tune.Tuner(BanditAlgorithm, param_space=config, run_config=run_config).fit()
     assert not results.errors, results.errors
     ptx = {r.config["ptx_coef"]: "loss/ptx" in r.metrics["learners"][DEFAULT_MODULE_ID] for r in results}
     assert ptx == {0.0: False, 0.5: True}

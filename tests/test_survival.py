@@ -535,7 +535,7 @@ def test_the_rllib_engine_survives_too(runs: Runs, tmp_path: Path) -> None:
 
 RAY_TERM = """
 import os, signal
-from torchbandit.rllib.algorithm import BanditPPO as A
+from torchbandit.rllib.config import BanditAlgorithm as A
 old = A.training_step
 def training_step(self):
     if self.iteration == 2:

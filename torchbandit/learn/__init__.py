@@ -6,6 +6,7 @@ find.py        an algorithm by its name here, or `package.module:Class`
 options.py     what is orthogonal to an algorithm: KL, truncation, refill, another sampler, ptx
 collect.py     a batch: prompts, responses, rewards; drawn again where groups teach nothing
 update.py      targets, minibatches, microbatches, one optimizer step
+ptx.py         pretraining batches from a file, tensors or a function
 seeds.py       every seed of a run, from one
 metrics.py     the numbers of a batch
 """

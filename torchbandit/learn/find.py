@@ -1,4 +1,4 @@
-"""An algorithm by its name in `ALGORITHMS`, or a user's own as `package.module:Class`."""
+"""An algorithm by its name in `ALGORITHMS`, or a user's own: as `package.module:Class`, a class or an instance."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from torchbandit.learn import ALGORITHMS
 from torchbandit.learn.algorithm import Algorithm
 
 
-def find_algorithm(name: str) -> type[Algorithm]:
+def find_algorithm(algo: str | type[Algorithm] | Algorithm | None) -> type[Algorithm]:
     """The class.
 
     Args:
-        name: a key of `ALGORITHMS`, or `package.module:Class`, imported with the current folder on the path.
+        algo: a key of `ALGORITHMS`, `package.module:Class`, imported with the current folder on the path, a class or
+            an instance.
     Raises:
         ValueError: there is none of this name (the nearest is named), it cannot be imported (why), or is no Algorithm.
     """
+    if algo is None:
+        raise ValueError(f"algo: must be {', '.join(ALGORITHMS)}, or a class of your own, got none")
+    if not isinstance(algo, str):
+        cls = algo if isinstance(algo, type) else type(algo)
+        return check_algorithm_class(cls, cls.__name__)
+    name = algo
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     module_name, colon, attribute = name.partition(":")
@@ -65,23 +72,41 @@ def _is_class_var(hint: Any) -> bool:
     return hint is ClassVar or get_origin(hint) is ClassVar
 
 
-def name_of(algorithm: Algorithm) -> str:
-    """What an algorithm is called: its name in `ALGORITHMS`, else its class's."""
-    return next((name for name, cls in ALGORITHMS.items() if cls is type(algorithm)), type(algorithm).__name__)
+def name_of(algo: str | type[Algorithm] | Algorithm) -> str:
+    """What an algorithm is called: as it was named, else its name in `ALGORITHMS`, else its class's."""
+    if isinstance(algo, str):
+        return algo
+    cls = algo if isinstance(algo, type) else type(algo)
+    return next((name for name, known in ALGORITHMS.items() if known is cls), cls.__name__)
 
 
-def make_algorithm(name: str, options: dict[str, Any]) -> Algorithm:
-    """The algorithm with these options.
+def options_of(algo: str | type[Algorithm] | Algorithm) -> list[str]:
+    """The names of an algorithm's own options."""
+    return [field.name for field in dataclasses.fields(find_algorithm(algo))]
+
+
+def make_algorithm(algo: str | type[Algorithm] | Algorithm | None, options: dict[str, Any]) -> Algorithm:
+    """The algorithm with these options; those of an instance are its own where they are not given.
 
     Raises:
-        ValueError: the name leads to none, it has no such option (those that have it are named), or a value is refused.
+        ValueError: `algo` leads to none, it has no such option (those that have it are named), or a value is refused.
     """
-    cls = find_algorithm(name)
-    own = [field.name for field in dataclasses.fields(cls)]
+    cls = find_algorithm(algo)
+    assert algo is not None
+    own = options_of(cls)
     for option in options:
         if option not in own:
-            raise ValueError(unknown_option(option, name, own))
-    return cls(**options)
+            raise ValueError(unknown_option(option, name_of(algo), own))
+    return dataclasses.replace(algo, **options) if isinstance(algo, Algorithm) else cls(**options)
+
+
+def check_groups(algo: str | Algorithm, group_size: int, *, refill: bool) -> None:
+    """ValueError where an algorithm, or dynamic sampling, has too few responses of a prompt to compare."""
+    least = find_algorithm(algo).least_group_size
+    if group_size < least:
+        raise ValueError(f"group_size: must be at least {least} for {name_of(algo)}, got {group_size}")
+    if refill and group_size < 2:
+        raise ValueError(f"refill: compares the rewards of a group, so group_size must be at least 2, got {group_size}")
 
 
 def unknown_option(option: str, name: str, own: list[str]) -> str:

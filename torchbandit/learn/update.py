@@ -269,8 +269,9 @@ class Update:
         if parts:
             more, numbers = losses.add_up(parts)
             loss, metrics = loss + more, metrics | numbers
-        if self.ranks.world_size > 1 and "values" in out.keys():
-            loss = loss + 0.0 * out["values"].sum()  # DDP waits for every parameter, also for what a loss leaves out
+        if self.ranks.world_size > 1:  # DDP waits for every parameter, also for what a loss leaves out
+            for name in ("log_probs", "values"):
+                loss = loss + 0.0 * out[name].sum() if name in out.keys() else loss
         return loss, {f"loss/{name}": number for name, number in metrics.items()}
 
     def _kl(self, out: TensorDict, td: TensorDict, denominators: Denominators) -> Loss:

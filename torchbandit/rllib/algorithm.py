@@ -1,46 +1,40 @@
-"""BanditPPO: RLlib's PPO loop on whole batches - sample, learn, broadcast, and bring back what has died."""
+"""RLlib's Algorithm on whole batches: sample, learn, broadcast, and bring back what has died."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from ray.rllib.algorithms.ppo import PPO
+from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils import metrics as names
 
+from torchbandit.learn.find import check_groups
+from torchbandit.learn.metrics import Metrics
+from torchbandit.learn.update import SKIPPED_IN_A_ROW, why_skipped
 from torchbandit.rllib.broadcast import Broadcast
-from torchbandit.rllib.env_runner import PLACE, BanditEnvRunner
+from torchbandit.rllib.env_runner import PLACE, BanditEnvRunner, joined
+from torchbandit.rllib.learner import TOLD
 from torchbandit.rllib.module import same_algorithms
 from torchbandit.rllib.wire import to_array, to_tensor
 
 logger = logging.getLogger(__name__)
 PLACES = "runner_places"
+BANDIT = "bandit"
 
 
-class BanditPPO(PPO):
-    """PPO-ptx on a bandit; built by `BanditPPOConfig`. Works as any RLlib Algorithm and in `tune.Tuner`."""
-
-    @classmethod
-    def get_default_config(cls) -> Any:
-        """A fresh `BanditPPOConfig`."""
-        from torchbandit.rllib.config import BanditPPOConfig
-
-        return BanditPPOConfig()
+class BanditLoop(Algorithm):
+    """The loop of `BanditAlgorithm`, which adds its default config to it. Works in `tune.Tuner` too."""
 
     def setup(self, config: Any) -> None:
-        """Build runners and learners, then check that their sizes go together, before anything is trained.
-
-        Raises:
-            ValueError: a runner could not be built (which, on what node, and why), or rows do not divide.
-        """
+        """Build runners and learners; ValueError where one could not be built, or rows do not divide."""
         self._places: dict[int, dict[str, Any]] = {}
         self._before: tuple[Any, dict[int, dict[str, Any]]] | None = None  # places, until a step begins to learn
+        self._told: Metrics = {}
         try:
             with same_algorithms():
                 super().setup(config)
@@ -80,6 +74,7 @@ class BanditPPO(PPO):
                 f"got (rows, group_size, width) of {sorted(sizes)}; build the same PromptSet everywhere"
             )
         ((self._rows, self._group_size, _),) = sizes
+        check_groups(config.algorithm, self._group_size, refill=config.refill)
         round_of_all = self._rows * runners
         self._total_rows = config.total_train_batch_size or round_of_all
         told = f"{runners} runner(s) x {self._rows} rows a batch"
@@ -94,11 +89,11 @@ class BanditPPO(PPO):
                 f"num_learners: must divide the {self._total_rows // self._group_size} groups of a batch ({told}), got "
                 f"{learners}; change num_prompts or the number of learners"
             )
-        share = self._total_rows // learners
-        if config.minibatch_size and share % config.minibatch_size:
+        share, size = self._total_rows // learners, config.minibatch_size
+        if size and (share % size or size % self._group_size):
             raise ValueError(
                 f"minibatch_size: must divide the {share} rows of a learner ({self._total_rows} rows over {learners} "
-                f"learner(s)), got {config.minibatch_size}"
+                f"learner(s)) in whole groups of {self._group_size}, got {size}"
             )
 
     # --- one iteration ---------------------------------------------------------------------------------------------
@@ -114,14 +109,13 @@ class BanditPPO(PPO):
         with self.metrics.log_time((names.TIMERS, names.LEARNER_UPDATE_TIMER)):
             seen = self.metrics.peek((names.ENV_RUNNER_RESULTS, names.NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
             results = self.learner_group.update(
-                batch=batch,
-                timesteps={names.NUM_ENV_STEPS_SAMPLED_LIFETIME: seen},
-                num_epochs=self.config.num_epochs,
-                minibatch_size=self.config.minibatch_size,
-                shuffle_batch_per_epoch=self.config.shuffle_batch_per_epoch,
-                group_size=self._group_size,
+                batch=batch, timesteps={names.NUM_ENV_STEPS_SAMPLED_LIFETIME: seen}, group_size=self._group_size
             )
+            self._told |= [result.pop(TOLD) for result in results][-1]  # of all learners together, in each of them
             self.metrics.aggregate(results, key=names.LEARNER_RESULTS)
+        why = why_skipped(self._told.pop(SKIPPED_IN_A_ROW))
+        if why is not None:
+            raise ValueError(f"iteration {self.iteration + 1}: {why}")
         learned = time.perf_counter()
         if not self._local:
             with self.metrics.log_time((names.TIMERS, names.SYNCH_WORKER_WEIGHTS_TIMER)):
@@ -140,6 +134,11 @@ class BanditPPO(PPO):
         self._send_places()
         return True
 
+    def step(self) -> dict[str, Any]:
+        """RLlib's iteration; its result has the local engine's metrics by their names under "bandit"."""
+        result: dict[str, Any] = super().step()
+        return result | {BANDIT: dict(self._told)}
+
     @property
     def _local(self) -> bool:
         """Everything in this process, one module for generating and learning."""
@@ -150,18 +149,19 @@ class BanditPPO(PPO):
         if self.env_runner_group.num_remote_env_runners() == 0:
             batch = runner.sample(num_timesteps=self._total_rows)[0]
             metrics = [runner.get_metrics()]
-            answers = [runner._health()]
+            answers = [runner.health()]
             rows = dict(batch.policy_batches[DEFAULT_MODULE_ID])
         else:
             answers = self._sample_remotely()
             metrics = [a["metrics"] for a in answers]
             columns = answers[0]["rows"].keys()
             rows = {key: torch.cat([to_tensor(a["rows"][key]) for a in answers]) for key in columns}
-        unscorable = sum(a["unscorable"] for a in answers) / len(answers)
+        self._told = joined([a["told"] for a in answers])
+        unscorable = self._told["unscorable"]
         if unscorable > 0.5:
             why = "; ".join(sorted({a["why_unscorable"] for a in answers if a["why_unscorable"]}))
             raise ValueError(
-                f"iteration {self.iteration + 1}: {unscorable:.0%} of the batch has no honest score, more than half; "
+                f"iteration {self.iteration + 1}: {unscorable:.0%} of the batch has no valid score, more than half; "
                 f"{why}"
             )
         self.metrics.aggregate(metrics, key=names.ENV_RUNNER_RESULTS)
@@ -258,13 +258,7 @@ class BanditPPO(PPO):
         finally:
             runner.go_to(before)
 
-    def get_state(
-        self,
-        components: str | Collection[str] | None = None,
-        *,
-        not_components: str | Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
         """RLlib's state, and the place of every remote runner."""
         state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
         if self._places and self._check_component(PLACES, components, not_components):

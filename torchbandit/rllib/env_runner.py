@@ -7,10 +7,9 @@ after a crash, goes on.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection
+from collections.abc import Sequence
 from functools import partial
-from statistics import fmean
+from math import fsum
 from typing import Any
 
 import ray
@@ -28,16 +27,20 @@ from torch import Tensor
 
 from torchbandit.clock import Clock
 from torchbandit.env import BanditEnv
-from torchbandit.learn.metrics import reward_metrics, to_host
+from torchbandit.learn.collect import EnvDraw, collect
+from torchbandit.learn.metrics import Metrics, reward_metrics, to_host
+from torchbandit.learn.seeds import sampling_seed
 from torchbandit.rllib.env_fn import call_env_fn, check_tokenizers
 from torchbandit.rllib.module import PLACEHOLDER, CausalLMModule, empty_module, here, same_algorithms
 from torchbandit.rllib.wire import flatten, pack, to_array, unpack
 
 PLACE = "place"
+COUNTED = "refill/groups"
+"""What names of counts begin with, which add up over runners as over the local engine's ranks."""
 
 
 class BanditEnvRunner(EnvRunner, Checkpointable):
-    """Samples from one `BanditEnv`; built by RLlib from a `BanditPPOConfig`, on the driver or as an actor.
+    """Samples from one `BanditEnv`; built by RLlib from a `BanditConfig`, on the driver or as an actor.
 
     An actor whose env or policy cannot be built stays alive and says why in `report()`, since RLlib would start a dead
     one again and again.
@@ -50,11 +53,11 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         self.module: CausalLMModule | None = None
         self.env: BanditEnv | None = None
         self.problem: str | None = None
-        self.unscorable = 0.0
         self._shares_module = False
         self.weights_seq_no = 0
         self._sampled: list[tuple[dict[str, Tensor], Clock]] = []
         self._last: TensorDict | None = None
+        self.told: Metrics = {}
         self.learners_weights: dict[str, Tensor] | None = None  # see broadcast.py
         remote = bool(self.worker_index)
         if remote:
@@ -63,7 +66,9 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         else:  # the learner's device if it lives here, and not the CPU, as RLlib has it for local runners
             gpus = config.num_gpus_per_env_runner if config.num_learners else config.num_gpus_per_learner
         self.device = torch.empty((), device=get_device(config, gpus)).device
-        self.generator = torch.Generator(self.device).manual_seed(self._sampling_seed())
+        seed = sampling_seed(config.seed or 0, max(0, self.worker_index - 1), evaluation=bool(config.in_evaluation))
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.algorithm, self.options = config.algorithm, config.update_options()
         try:
             self.make_env()
             self.make_module()
@@ -99,12 +104,8 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         told = {"worker": self.worker_index, "node": here(), "problem": self.problem}
         if self.problem is not None or self.env is None:
             return told
-        return told | {
-            "rows": self.env.batch_size,
-            "group_size": self.env.group_size,
-            "prompt_width": self.env.prompts.width,
-            PLACE: self.place(),
-        }
+        sizes = {"group_size": self.env.group_size, "prompt_width": self.env.prompts.width}
+        return told | sizes | {"rows": self.env.batch_size, PLACE: self.place()}
 
     def get_spaces(self) -> dict[str, tuple[Any, Any]]:
         """Placeholders: RLlib asks for spaces, and a bandit on token tensors has none to tell."""
@@ -122,21 +123,13 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
     # --- sampling ------------------------------------------------------------------------------------------------
 
     def sample(
-        self,
-        *,
-        num_timesteps: int | None = None,
-        num_episodes: int | None = None,
-        explore: bool | None = None,
-        random_actions: bool = False,
-        force_reset: bool = False,
-    ) -> list[MultiAgentBatch]:
-        """At least that many rows, in whole prompt batches (one without a number), as tensors on the device.
+        self, *, num_timesteps: int | None = None, num_episodes: int | None = None, explore: bool | None = None,
+        random_actions: bool = False, **kwargs: Any,
+    ) -> list[MultiAgentBatch]:  # fmt: skip
+        """At least that many rows (or episodes, which are the same), as tensors on the device.
 
-        Args:
-            num_timesteps, num_episodes: rows; the two are the same here.
-            explore: False answers greedily; None takes the config's.
-            random_actions: refused.
-            force_reset: nothing to do, since every batch begins anew.
+        They come in whole prompt batches, one without a number. explore=False answers greedily, None is the config's;
+        random actions are refused.
         """
         if random_actions:
             raise ValueError("random_actions: a policy over tokens has no use for random ones; leave it False")
@@ -159,34 +152,39 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         try:
             rows = self.sample()[0].policy_batches[DEFAULT_MODULE_ID]
             arrays = {key: to_array(value) for key, value in rows.items()}
-            return told | {"rows": arrays, "metrics": self.get_metrics(), PLACE: self.place(), **self._health()}
+            return told | {"rows": arrays, "metrics": self.get_metrics(), PLACE: self.place(), **self.health()}
         except Exception as error:
             return told | {"problem": f"{type(error).__name__}: {error}"}
 
-    def _health(self) -> dict[str, Any]:
+    def health(self) -> dict[str, Any]:
+        """After `get_metrics`: its numbers by the local engine's names, and why rows have no valid score if most do."""
         assert self.env is not None
         why = ""
-        if self.unscorable > 0.5 and self._last is not None:  # the run ends, so copies cost nothing any more
+        if self.told.get("unscorable", 0.0) > 0.5 and self._last is not None:  # the run ends: copies cost nothing now
             why = f"of {len(self._last)} rows here: {self.env.rewards.why_unscorable(self._last)}"
-        return {"unscorable": self.unscorable, "why_unscorable": why}
+        return {"told": self.told, "why_unscorable": why}
 
     def _sample_batch(self, explore: bool) -> TensorDict:
         assert self.env is not None and self.module is not None
-        before = self.env.state_dict(), self.generator.get_state()
+        env, module, G = self.env, self.module, self.env.group_size
+        before = env.state_dict(), self.generator.get_state()
         clock = Clock(self.device)
+
+        def answer(td: TensorDict) -> TensorDict:
+            return module.generate(td, greedy=not explore, generator=self.generator, group_size=G)
+
+        draw = EnvDraw(env, answer, lambda td: module.generate(td, greedy=True, group_size=1), clock)
         try:
-            td = self.env.reset()
-            with clock("generate"):
-                td = self.module.generate(
-                    td, greedy=not explore, generator=self.generator, group_size=self.env.group_size
-                )
-            with clock("score"):
-                td = self.env.step(td)
+            if explore and not self.config.in_evaluation:
+                td, numbers = collect(env, self.algorithm, draw, self.options)
+            else:  # nothing is learnt from it, so it is what was asked
+                td = draw()
+                numbers = reward_metrics(td, G)
         except BaseException:  # whoever goes on, begins with the prompts that were lost here
-            self.env.load_state_dict(before[0])
+            env.load_state_dict(before[0])
             self.generator.set_state(before[1])
             raise
-        self._sampled.append((reward_metrics(td, self.env.group_size), clock))
+        self._sampled.append((numbers, clock))
         self._last = td
         return td
 
@@ -194,25 +192,24 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         """Means over the batches since the last call; one copy from the device for all numbers of a batch."""
         assert self.env is not None
         rows = len(self._sampled) * self.env.batch_size
-        sums: dict[str, float] = {
-            names.NUM_ENV_STEPS_SAMPLED: rows,
-            f"{names.NUM_AGENT_STEPS_SAMPLED}/{DEFAULT_AGENT_ID}": rows,
-            f"{names.NUM_MODULE_STEPS_SAMPLED}/{DEFAULT_MODULE_ID}": rows,
-            names.NUM_EPISODES: rows,
-        }
+        agent, module = f"{names.NUM_AGENT_STEPS_SAMPLED}/{DEFAULT_AGENT_ID}", names.NUM_MODULE_STEPS_SAMPLED
+        counted = (names.NUM_ENV_STEPS_SAMPLED, agent, f"{module}/{DEFAULT_MODULE_ID}", names.NUM_EPISODES)
+        sums: dict[str, float] = dict.fromkeys(counted, rows)
         means: dict[str, float] = {} if self._shares_module else {names.WEIGHTS_SEQ_NO: self.weights_seq_no}
         if self._sampled:
             each = [to_host(numbers) for numbers, _ in self._sampled]
-            means |= {name: fmean(numbers[name] for numbers in each) for name in each[0]} | self.env.packing_metrics
-            means[names.EPISODE_RETURN_MEAN], self.unscorable = means["reward"], means["unscorable"]
+            self.told = joined(each) | self.env.packing_metrics
+            sums |= {name: number for name, number in self.told.items() if name.startswith(COUNTED)}
+            means |= {name: number for name, number in self.told.items() if name not in sums}
+            means[names.EPISODE_RETURN_MEAN] = means["reward"]
             times = [clock.read() for _, clock in self._sampled]
             sums |= {f"time/{stage}_s": sum(seconds[stage] for seconds in times) for stage in ("generate", "score")}
         self._sampled = []
         self.metrics.log_value(names.NUM_ENV_STEPS_SAMPLED_LIFETIME, rows, reduce="lifetime_sum", with_throughput=True)
         reduced: dict[str, Any] = self.metrics.reduce()
         # What is one number already needs no logger: it would add each up, or take its mean, by numpy, for 0.3 ms.
-        for kind, numbers in ((partial(MeanStats, window=1), means), (SumStats, sums)):
-            for name, value in numbers.items():
+        for kind, found in ((partial(MeanStats, window=1), means), (SumStats, sums)):
+            for name, value in found.items():
                 group, _, last = name.partition("/")
                 stats = kind()
                 stats.push(value)
@@ -237,13 +234,7 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         if generator:
             self.generator.set_state(unpack(place["generator"]))
 
-    def get_state(
-        self,
-        components: str | Collection[str] | None = None,
-        *,
-        not_components: str | Collection[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
         """The place, and the weights if they are asked for."""
         state: dict[str, Any] = {names.NUM_ENV_STEPS_SAMPLED_LIFETIME: self.num_env_steps_sampled_lifetime}
         if self.env is not None and self._check_component(PLACE, components, not_components):
@@ -283,7 +274,10 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         """None: weights are the learner's to save."""
         return []
 
-    def _sampling_seed(self) -> int:
-        """Of its own for every runner, and for training and evaluation."""
-        text = f"{self.config.seed or 0}/{self.worker_index}/{bool(self.config.in_evaluation)}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
+def joined(each: Sequence[Metrics]) -> Metrics:
+    """One line of metrics from those of several batches or runners: their mean, and the sum of what is counted."""
+    return {
+        name: fsum(numbers[name] for numbers in each) / (1 if name.startswith(COUNTED) else len(each))
+        for name in each[0]
+    }

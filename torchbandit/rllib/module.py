@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
@@ -16,8 +16,8 @@ from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from tensordict import TensorDict, TensorDictBase
 
 from torchbandit.models import ModelSpec, empty_causal_lm, empty_reward_model, load_tokenizer
-from torchbandit.policy import CausalLMPolicy, Plans
-from torchbandit.rllib.wire import pack, unflatten, unpack
+from torchbandit.policy import CausalLMPolicy
+from torchbandit.rllib.wire import pack, unpack
 
 PLACEHOLDER = gymnasium.spaces.Box(0.0, 1.0, (1,), np.float32)
 """RLlib wants spaces; a bandit on token tensors has none to tell."""
@@ -42,8 +42,8 @@ def same_algorithms() -> Iterator[None]:
 class CausalLMModule(TorchRLModule):
     """An RLModule around `CausalLMPolicy`, built from a folder or hub id: no catalog, no forward pass at build.
 
-    `model_config` is filled by `BanditPPOConfig`: pretrained, critic, dtype, sampling, device, entropy, and `empty`,
-    which leaves the weights to the first broadcast.
+    `model_config` is filled by `BanditConfig`: pretrained, critic, dtype, sampling, packing, device, and `empty`, which
+    leaves the weights to the first broadcast.
     """
 
     policy: CausalLMPolicy
@@ -63,37 +63,15 @@ class CausalLMModule(TorchRLModule):
             ) from error
         self.num_loads = 0
 
-    def generate(
-        self,
-        td: TensorDictBase,
-        *,
-        greedy: bool = False,
-        generator: torch.Generator | None = None,
-        group_size: int | None = None,
-    ) -> TensorDict:
-        """Answer every prompt; where `BanditEnvRunner` gets its responses. As `CausalLMPolicy.generate`."""
-        return self.policy.generate(td, greedy=greedy, generator=generator, group_size=group_size)
+    def generate(self, td: TensorDictBase, **options: Any) -> TensorDict:
+        """Answer every prompt, as `CausalLMPolicy.generate`; where `BanditEnvRunner` gets its responses."""
+        return self.policy.generate(td, **options)
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """All that a loss needs, ptx among it, from one forward pass, so that DDP averages every gradient."""
-        out = self.policy(
-            _rows(batch),
-            ptx_ids=batch.get("ptx_ids"),
-            ptx_mask=batch.get("ptx_mask"),
-            entropy=self.model_config["entropy"],
-            group_size=batch.get("group_size", 1),
-            plans=batch.get("plans"),
-        )
-        return dict(out.items())  # DDP looks for tensors in dicts, not in a TensorDict
-
-    def plans(self, pieces: Sequence[dict[str, Any]]) -> list[Plans]:
-        """How `forward_train` lays out each of several microbatches: one copy to the host, where each would need its
-        own."""
-        return self.policy.plans(
-            [_rows(piece) for piece in pieces],
-            [piece.get("ptx_mask") for piece in pieces],
-            group_size=[piece.get("group_size", 1) for piece in pieces],
-        )
+        """`CausalLMPolicy.forward` of batch["td"]; the other keys are its options, ptx among them, so that DDP
+        averages every gradient."""
+        options = {key: value for key, value in batch.items() if key != "td"}
+        return dict(self.policy(batch["td"], **options).items())  # DDP looks for tensors in dicts, not in a TensorDict
 
     def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         return {"td": self.generate(batch["td"])}
@@ -105,14 +83,7 @@ class CausalLMModule(TorchRLModule):
         """Nothing: the policy is in the mode it needs; RLlib would switch it around every forward pass."""
         return self
 
-    def get_state(
-        self,
-        components: str | Collection[str] | None = None,
-        *,
-        not_components: str | Collection[str] | None = None,
-        inference_only: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+    def get_state(self, components: Any = None, **kwargs: Any) -> dict[str, Any]:
         """All weights as bits, tied ones once; the runner needs the critic too, so `inference_only` drops nothing."""
         return {"weights": pack(self.weights())}
 
@@ -147,12 +118,6 @@ class CausalLMModule(TorchRLModule):
         return kept
 
 
-def _rows(batch: dict[str, Any]) -> TensorDict:
-    """What the policy's forward reads of a flat batch."""
-    wanted = ("tokens/prompt", "masks/prompt", "tokens/response", "masks/response", "temperature")
-    return unflatten({key: batch[key] for key in wanted if key in batch})
-
-
 def _build(given: dict[str, Any]) -> CausalLMPolicy:
     pretrained, critic, device, dtype = (given[k] for k in ("pretrained", "critic", "device", "dtype"))
     options = {"sampling": given["sampling"], "device": device, "dtype": dtype, "packing": given["packing"]}
@@ -165,14 +130,12 @@ def _build(given: dict[str, Any]) -> CausalLMPolicy:
 
 
 def empty_module(config: Any, device: torch.device) -> CausalLMModule:
-    """The module of a `BanditPPOConfig` without its weights, which come with the first `set_state`."""
+    """The module of a `BanditConfig` without its weights, which come with the first `set_state`."""
     spaces = {DEFAULT_MODULE_ID: (PLACEHOLDER, PLACEHOLDER)}
     spec = config.get_rl_module_spec(spaces=spaces, inference_only=True)
     module = spec.module_class(
-        observation_space=PLACEHOLDER,
-        action_space=PLACEHOLDER,
-        inference_only=True,
+        observation_space=PLACEHOLDER, action_space=PLACEHOLDER, inference_only=True,
         model_config=spec.model_config | {"device": str(device), "empty": True},
-    )
+    )  # fmt: skip
     assert isinstance(module, CausalLMModule)
     return module

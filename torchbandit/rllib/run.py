@@ -16,14 +16,15 @@ import torch
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from torchbandit.env import BanditEnv
+from torchbandit.learn.metrics import Metrics
 from torchbandit.models import ModelSpec
-from torchbandit.rllib.algorithm import BanditPPO
-from torchbandit.rllib.config import BanditPPOConfig
+from torchbandit.rllib.algorithm import BANDIT
+from torchbandit.rllib.config import BanditAlgorithm, BanditConfig
+from torchbandit.rllib.keywords import UPDATE
 from torchbandit.rllib.module import CausalLMModule, empty_module
 from torchbandit.train import build, folder
 from torchbandit.train import run as local
 from torchbandit.train.loop import schedule_factor
-from torchbandit.train.metrics import Metrics
 from torchbandit.train.options import TrainOptions
 from torchbandit.train.signals import hangup_ignored, stop_signals
 from torchbandit.train.steps import run_steps
@@ -42,14 +43,12 @@ class EnvOfOptions:
 
 
 def train(options: TrainOptions) -> Path:
-    """Train as `options` say through `BanditPPO`; the run's folder is that of `torchbandit.train.run.train`.
+    """Train as `options` say through `BanditAlgorithm`; the run's folder is that of `torchbandit.train.run.train`.
 
     Raises:
-        ValueError: as there, and for an `algo` other than ppo.
+        ValueError: as there, and where rows do not divide.
         Interrupted, StoppedAtOnce, OSError: as there, once the iteration has ended.
     """
-    if options.algo != "ppo":
-        raise ValueError(f"algo: the rllib engine trains ppo alone, got {options.algo}; use --engine local for it")
     _rows(options)
     out, device = Path(options.out), build.pick_device(options)
     with folder.claim(out, options.resume):
@@ -69,8 +68,8 @@ def train(options: TrainOptions) -> Path:
     return out
 
 
-def to_config(options: TrainOptions, device: torch.device) -> BanditPPOConfig:
-    """The same run as a `BanditPPOConfig`.
+def to_config(options: TrainOptions, device: torch.device) -> BanditConfig:
+    """The same run as a `BanditConfig`.
 
     Raises:
         ValueError: rows do not divide over learners and minibatches, or learners would have to share a GPU.
@@ -82,39 +81,25 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditPPOConfig:
     def spec(path: str) -> ModelSpec:
         return ModelSpec(path, dtype=options.dtype, compile=options.compile)
 
-    config = BanditPPOConfig()
+    config = BanditConfig()
     config.bandit(env_fn=EnvOfOptions(options), sampling=build.build_sampling(options))
     config.env_runners(
-        num_env_runners=options.env_runners,
-        num_cpus_per_env_runner=1,
-        num_gpus_per_env_runner=runner_gpus,
+        num_env_runners=options.env_runners, num_cpus_per_env_runner=1, num_gpus_per_env_runner=runner_gpus
     )
     config.learners(num_learners=options.learners, num_gpus_per_learner=learner_gpus, local_gpu_idx=device.index or 0)
     config.rl_module(
         pretrained=spec(options.policy),
-        critic="head" if options.critic in (None, "head") else spec(options.critic),
-        gradient_checkpointing=options.gradient_checkpointing,
-        packing=options.packing,
-    )
+        critic=options.critic if options.critic in (None, "head") else spec(options.critic),
+        gradient_checkpointing=options.gradient_checkpointing, packing=options.packing,
+    )  # fmt: skip
     config.training(
-        lr=_learning_rate(options, rows),
-        num_epochs=options.epochs,
+        algo=options.algorithm, lr=_learning_rate(options, rows), num_epochs=options.epochs,
         minibatch_size=rows // max(1, options.learners) // options.minibatches,
-        micro_batch_size=options.micro_batch_size,
-        clip_param=options.clip,
-        clip_param_high=options.clip_high,
-        vf_clip_param=options.value_clip or None,
-        vf_loss_coeff=options.value_coef,
-        entropy_coeff=options.entropy_coef,
-        gamma=options.gamma,
-        lambda_=options.lam,
-        grad_clip=options.max_grad_norm,
-        optimizer={"weight_decay": options.weight_decay},
-        ptx_coef=options.ptx_coef,
+        grad_clip=options.max_grad_norm, optimizer={"weight_decay": options.weight_decay},
         ptx_data=options.ptx_data if options.ptx_coef else None,
-        ptx_batch_size=options.ptx_batch_size,
         ptx_length=build.ptx_length(options, build.build_tokenizer(options)),
-    )
+        **{name: getattr(options, name) for name in UPDATE},
+    )  # fmt: skip
     config.debugging(seed=options.seed)
     return config
 
@@ -122,13 +107,13 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditPPOConfig:
 def _rows(options: TrainOptions) -> int:
     """Rows of an iteration; ValueError where they do not divide."""
     assert options.group_size is not None
-    rows = options.num_prompts * options.group_size * max(1, options.env_runners)
-    if rows % (max(1, options.learners) * options.minibatches):
+    groups = options.num_prompts * max(1, options.env_runners)
+    if groups % (max(1, options.learners) * options.minibatches):
         raise ValueError(
-            f"minibatches, learners: must divide the batch of {rows} rows (num_prompts x group_size x env_runners), "
-            f"got {options.minibatches} and {options.learners}"
+            f"minibatches, learners: must divide the batch of {groups} prompts (num_prompts x env_runners), whose "
+            f"responses stay together, got {options.minibatches} and {options.learners}"
         )
-    return rows
+    return groups * options.group_size
 
 
 def _learning_rate(options: TrainOptions, rows: int) -> Any:
@@ -188,7 +173,7 @@ def _cluster(options: TrainOptions, device: torch.device) -> Iterator[None]:
             ray.shutdown()
 
 
-def _run(algo: BanditPPO, options: TrainOptions, out: Path, done: int, device: torch.device) -> None:
+def _run(algo: BanditAlgorithm, options: TrainOptions, out: Path, done: int, device: torch.device) -> None:
     if options.resume:
         algo.restore_from_path(out / "checkpoint")
     module, env = _judged(algo, options, device)
@@ -210,7 +195,7 @@ def _run(algo: BanditPPO, options: TrainOptions, out: Path, done: int, device: t
 class RayEngine:
     """An algorithm as the loop over steps sees it (`train.steps.Engine`)."""
 
-    def __init__(self, algo: BanditPPO, options: TrainOptions, out: Path, done: int) -> None:
+    def __init__(self, algo: BanditAlgorithm, options: TrainOptions, out: Path, done: int) -> None:
         self._algo, self._options, self._checkpoint = algo, options, out / "checkpoint"
         self.steps_done = done
 
@@ -236,27 +221,20 @@ class RayEngine:
 
 def flat_metrics(result: dict[str, Any], step: int, seconds: float, runners: int) -> dict[str, float]:
     """A line of metrics.jsonl from an iteration's result; runners work at the same time, so theirs is a mean."""
-    sampled, learned = result["env_runners"], result["learners"][DEFAULT_MODULE_ID]
+    sampled = result["env_runners"]
     times = {stage: float(sampled["time"][f"{stage}_s"]) / runners for stage in ("generate", "score")}
     times["learn"] = float(result["time"]["learn_s"])
     times["sync"] = float(result["time"]["sync_s"])
     times["rest"] = max(0.0, seconds - sum(times.values()))
-    kept = (
-        "reward", "reward_std", "kl", "unscorable", "truncated", "response_length", "constant_groups"
-    )  # fmt: skip
-    groups = ("reward_terms", "packing")
-    grouped = {f"{group}/{name}": number for group in groups for name, number in sampled.get(group, {}).items()}
     return (
         {"step": step}
-        | {name: float(sampled[name]) for name in kept if name in sampled}
-        | {name: float(value) for name, value in grouped.items()}
-        | {name: float(value) for name, value in learned.items() if name.startswith("loss/") or name == "grad_norm"}
+        | result[BANDIT]
         | {"samples_per_s": float(sampled["num_env_steps_sampled"]) / seconds}
         | {f"time/{stage}_s": value for stage, value in times.items()}
     )
 
 
-def _judged(algo: BanditPPO, options: TrainOptions, device: torch.device) -> tuple[CausalLMModule, BanditEnv]:
+def _judged(algo: BanditAlgorithm, options: TrainOptions, device: torch.device) -> tuple[CausalLMModule, BanditEnv]:
     """A policy and an env of this process, to evaluate and save: the runner's or learner's own where they are here."""
     runner = algo.env_runner_group.local_env_runner
     if runner is not None:
@@ -269,7 +247,7 @@ def _judged(algo: BanditPPO, options: TrainOptions, device: torch.device) -> tup
     return module, env
 
 
-def _fill(module: CausalLMModule, algo: BanditPPO) -> None:
+def _fill(module: CausalLMModule, algo: BanditAlgorithm) -> None:
     """The learners' weights, where they are in other processes."""
     if algo.config.num_learners:
         module.set_state(algo.learner_group.get_weights()[DEFAULT_MODULE_ID])

@@ -29,14 +29,14 @@ from torchbandit.env import BanditEnv
 from torchbandit.generation import Sampling
 from torchbandit.models import ModelSpec
 from torchbandit.rllib.module import CausalLMModule
-from torchbandit.rllib.wire import flatten
+from torchbandit.rllib.wire import flatten, unflatten
 
 _LIVE: WeakValueDictionary[str, BanditVectorEnv] = WeakValueDictionary()
 """Envs by name: a config is copied and pickled, what stands behind a handle cannot be."""
 
 INSTEAD = (
     "row handles mean nothing in another process, so the stock loop runs with local runner and learner alone; for "
-    "remote ones use torchbandit.rllib.BanditPPOConfig"
+    "remote ones use torchbandit.rllib.BanditConfig"
 )
 
 
@@ -65,7 +65,7 @@ def stock_ppo_config(
 
     Args:
         env: its batch size becomes `num_envs_per_env_runner` and the train batch.
-        pretrained, sampling, critic, dtype: as in `BanditPPOConfig`; RLlib's Adam has no masters, so float32.
+        pretrained, sampling, critic, dtype: as in `BanditConfig`; RLlib's Adam has no masters, so float32.
     """
     envs = env if isinstance(env, BanditVectorEnv) else BanditVectorEnv(env)
     name = f"torchbandit-{id(envs)}"
@@ -74,21 +74,18 @@ def stock_ppo_config(
     config = StockPPOConfig()
     config.environment(env=name)
     config.env_runners(
-        num_env_runners=0,
-        num_envs_per_env_runner=envs.num_envs,
-        gym_env_vectorize_mode="vector_entry_point",
+        num_env_runners=0, num_envs_per_env_runner=envs.num_envs, gym_env_vectorize_mode="vector_entry_point",
         env_to_module_connector=lambda env, spaces=None, device=None: FetchPrompts(_live(name)),
         add_default_connectors_to_env_to_module_pipeline=False,
         module_to_env_connector=lambda env, spaces=None, device=None: PassOn(),
         add_default_connectors_to_module_to_env_pipeline=False,
-    )
+    )  # fmt: skip
     config.learners(
-        num_learners=0,
-        learner_connector=lambda obs_space, action_space: FetchRows(name),
+        num_learners=0, learner_connector=lambda obs_space, action_space: FetchRows(name),
         add_default_connectors_to_learner_pipeline=False,
-    )
+    )  # fmt: skip
     settings = dict(
-        pretrained=pretrained, critic=critic, dtype=dtype, sampling=sampling, packing="auto", entropy=False,
+        pretrained=pretrained, critic=critic, dtype=dtype, sampling=sampling, packing="auto",
         device=str(envs.bandit.device), empty=False,
     )  # fmt: skip
     config.rl_module(rl_module_spec=RLModuleSpec(module_class=ResponseModule, model_config=settings))
@@ -183,7 +180,8 @@ class ResponseModule(CausalLMModule):
         }
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        out = super()._forward_train(batch, **kwargs)
+        wanted = ("tokens/prompt", "masks/prompt", "tokens/response", "masks/response", "temperature")
+        out = self.policy(unflatten({key: batch[key] for key in wanted}))
         return {
             Columns.ACTION_DIST_INPUTS: out["log_probs"].sum(-1, keepdim=True),
             Columns.EMBEDDINGS: out["values"][:, 0],

@@ -18,6 +18,10 @@ Rows = dict[str, Tensor]
 """A batch as RLlib carries it: "tokens/prompt", "next/reward", … -> tensor [B, …]."""
 
 
+INNER = "\x1f"
+"""Stands for a "/" inside a name, as a reward term may have it."""
+
+
 class Bits(NamedTuple):
     """A tensor off its device: raw bytes [..., itemsize * last axis], dtype name, shape."""
 
@@ -27,8 +31,11 @@ class Bits(NamedTuple):
 
 
 def flatten(td: TensorDictBase) -> Rows:
-    """Nested keys joined by "/"; the tensors are the same ones."""
-    return {"/".join(key) if isinstance(key, tuple) else key: value for key, value in td.items(True, True)}
+    """Nested keys joined by "/"; the tensors are the same ones. A "/" inside a name is told apart by `unflatten`."""
+    return {
+        "/".join(part.replace("/", INNER) for part in ((key,) if isinstance(key, str) else key)): value
+        for key, value in td.items(True, True)
+    }
 
 
 def unflatten(rows: Rows) -> TensorDict:
@@ -36,7 +43,7 @@ def unflatten(rows: Rows) -> TensorDict:
     size = next(iter(rows.values())).shape[:1]
     td = TensorDict({}, batch_size=size)
     for key, value in rows.items():
-        td.set(tuple(key.split("/")), value)
+        td.set(tuple(part.replace(INNER, "/") for part in key.split("/")), value)
     return td
 
 

@@ -22,7 +22,7 @@ from torchbandit.env import BanditEnv
 from torchbandit.learn.algorithm import Algorithm, Denominators
 from torchbandit.learn.collect import EnvDraw, Generate, collect
 from torchbandit.learn.completed import with_log_probs
-from torchbandit.learn.find import name_of
+from torchbandit.learn.find import check_groups, name_of
 from torchbandit.learn.metrics import Metrics, to_host
 from torchbandit.learn.ranks import Ranks
 from torchbandit.learn.seeds import sampling_seed
@@ -98,15 +98,12 @@ class BanditTrainer:
 
     def _check(self) -> None:
         options, policy, algorithm = self.options, self.policy, self.algorithm
-        name, G = name_of(algorithm), self.env.group_size
+        name = name_of(algorithm)
         if algorithm.needs_critic and not policy.has_critic:
             raise ValueError(f'critic: {name} needs one, got none; build the policy with critic="head" or a model')
         if not algorithm.needs_critic and policy.has_critic:
             raise ValueError(f"critic: {name} has no use for one; build the policy with critic=None")
-        if algorithm.least_group_size > G:
-            raise ValueError(f"group_size: must be at least {algorithm.least_group_size} for {name}, got {G}")
-        if options.refill and G < 2:
-            raise ValueError(f"refill: compares the rewards of a group, so group_size must be at least 2, got {G}")
+        check_groups(algorithm, self.env.group_size, refill=options.refill)
         if options.ptx_coef and self.corpus is None:
             raise ValueError(f"corpus: must be given with ptx_coef={options.ptx_coef}, got none")
         if options.minibatches > self.env.num_prompts:

@@ -10,7 +10,7 @@ from torchbandit import demo
 from torchbandit.learn import DEFAULT_ALGORITHM
 from torchbandit.learn.algorithm import KLWhere
 from torchbandit.learn.checks import at_least
-from torchbandit.learn.find import find_algorithm, make_algorithm
+from torchbandit.learn.find import check_groups, find_algorithm, make_algorithm
 from torchbandit.learn.options import UpdateOptions
 from torchbandit.losses.choices import LossKLEstimator
 
@@ -210,18 +210,11 @@ class TrainOptions(LoopOptions):
         algorithm = self.algorithm
         if self.group_size is None:
             self.group_size = algorithm.default_group_size
-        if self.group_size < algorithm.least_group_size:
-            raise ValueError(
-                f"group_size: must be at least {algorithm.least_group_size} for {self.algo}, got {self.group_size}"
-            )
+        check_groups(self.algo, self.group_size, refill=self.refill)
         if self.critic is not None and not algorithm.needs_critic:
             raise ValueError(f"critic: {self.algo} has no use for one, got {self.critic!r}; leave it out")
         if algorithm.needs_critic and self.critic is None:
             self.critic = "head"
-        if self.refill and self.group_size < 2:
-            raise ValueError(
-                f"refill: compares the rewards of a group, so group_size must be at least 2, got {self.group_size}"
-            )
         if self.max_draws != 4 and not self.refill:
             raise ValueError(f"max_draws={self.max_draws}: is of dynamic sampling; add refill")
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from accelerate import Accelerator
 
 from torchbandit.train import report
-from torchbandit.train.metrics import Metrics
+from torchbandit.learn.metrics import Metrics
 from torchbandit.train.options import TrainOptions
 from torchbandit.train.signals import STOPS, Interrupted, say, stop_signals
 

@@ -1,4 +1,4 @@
-"""The pretraining batches of a learner: a corpus file, token tensors, or a function."""
+"""Pretraining batches of any source: a corpus file, token tensors, or a function."""
 
 from __future__ import annotations
 
