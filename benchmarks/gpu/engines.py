@@ -1,19 +1,21 @@
-"""PPO through `torchbandit train` on the end-to-end work: the standalone loop, RLlib, and two GPUs of one host.
+"""`torchbandit train` on the end-to-end work: the standalone loop, RLlib, and two GPUs of one host.
 
     python benchmarks/gpu/engines.py --places local 0/0              # one GPU
     python benchmarks/gpu/engines.py --places local accelerate 2/2   # two GPUs: the same work a GPU
+    python benchmarks/gpu/engines.py --algos ppo grpo                # each algorithm at each place
     python benchmarks/gpu/engines.py --tiny                          # a smoke test on the CPU
 
 Places: `local` is one process, `accelerate` two of them, `R/L` RLlib with R env runners and L learners (0/0: all in
 the driver). Sizes are those of `torchbandit bench train`: 64 prompts x 8 responses a GPU, 128 new tokens, a 410M Llama
-shape, a value head, a reference, a trivial reward. Numbers are medians of the steps after the first two; `of_local` is
-samples/s a process over those of `local` (RLlib's 0/0 must reach 0.9). The last line is JSON; a place that fails is
-told in it, and by the exit status.
+shape, a value head where the algorithm needs one, a reference, a trivial reward. Numbers are medians of the steps after
+the first two; `of_local` is samples/s a process over those of `local` (RLlib's 0/0 must reach 0.99). The last line is
+JSON; a place that fails is told in it, and by the exit status.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -42,8 +44,8 @@ def prepare(folder: Path, work: Work) -> None:
     (folder / "odd_reward.py").write_text(REWARD, encoding="utf-8")
 
 
-def run(place: str, folder: Path, work: Work, steps: int) -> dict[str, Any]:
-    out = folder / place.replace("/", "_")
+def run(algo: str, place: str, folder: Path, work: Work, steps: int) -> dict[str, Any]:
+    out = folder / f"{algo}_{place.replace('/', '_')}"
     command = [sys.executable, "-m", "torchbandit"]
     engine = ["--engine", "local"]
     processes = 1
@@ -57,7 +59,7 @@ def run(place: str, folder: Path, work: Work, steps: int) -> dict[str, Any]:
         processes = max(1, runners)
         engine = ["--engine", "rllib", "--env-runners", str(runners), "--learners", str(learners)]
     command += ["train", *engine, "--policy", str(folder / "model"), "--prompts", str(folder / "prompts.jsonl"),
-                "--reward", "odd_reward:odd", "--algo", "ppo", "--num-prompts", str(work.num_prompts),
+                "--reward", "odd_reward:odd", "--algo", algo, "--num-prompts", str(work.num_prompts),
                 "--group-size", str(work.group_size), "--max-new-tokens", str(work.new_tokens),
                 "--micro-batch-size", str(work.micro), "--lr", "1e-6", "--steps", str(steps), "--save-every", "0",
                 "--out", str(out), "--num-samples", "0"]  # fmt: skip
@@ -69,7 +71,7 @@ def run(place: str, folder: Path, work: Work, steps: int) -> dict[str, Any]:
         code = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, stdout=file, stderr=file)
     seconds = time.perf_counter() - begin
     if code.returncode:
-        return {"place": place, "error": log.read_text(encoding="utf-8")[-1500:], "process_s": seconds}
+        return {"algo": algo, "place": place, "error": log.read_text(encoding="utf-8")[-1500:], "process_s": seconds}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(line["unscorable"] == 0 and line["grad_norm"] > 0 for line in lines)
     assert abs(lines[0]["kl"]) < 0.02 * work.new_tokens, lines[0]["kl"]
@@ -77,13 +79,14 @@ def run(place: str, folder: Path, work: Work, steps: int) -> dict[str, Any]:
     found = {key: statistics.median(line[key] for line in kept) for key in kept[0] if key.startswith("time/")}
     per_s = statistics.median(line["samples_per_s"] for line in kept)
     first = sum(lines[0][key] for key in found)  # compiling and recording with it
-    told = {"place": place, "samples_per_s": per_s, "a_process": per_s / processes, "process_s": seconds}
+    told = {"algo": algo, "place": place, "samples_per_s": per_s, "a_process": per_s / processes, "process_s": seconds}
     return told | {"first_step_s": first, **found}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--places", nargs="+", default=["local", "0/0"])
+    parser.add_argument("--algos", nargs="+", default=["ppo"])
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
@@ -91,9 +94,10 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), work)
-        for place in args.places:
-            rows.append(run(place, Path(folder), work, args.steps))
-            local = next((row["a_process"] for row in rows if row["place"] == "local" and "error" not in row), None)
+        for algo, place in itertools.product(args.algos, args.places):
+            rows.append(run(algo, place, Path(folder), work, args.steps))
+            alone = [row for row in rows if (row["algo"], row["place"]) == (algo, "local") and "error" not in row]
+            local = alone[0]["a_process"] if alone else None
             if local and "error" not in rows[-1]:
                 rows[-1]["of_local"] = rows[-1]["a_process"] / local
             told = (f"{k} {v:.3f}" if isinstance(v, float) else f"{v}" for k, v in rows[-1].items())
