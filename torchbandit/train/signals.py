@@ -65,8 +65,10 @@ def stop_signals(patient: bool) -> Iterator[list[int]]:
             return
         for other in former:
             signal.signal(other, signal.SIG_DFL)
-        again = "; the last checkpoint is whole, go on with the same command and --resume" if patient else ""
-        raise StoppedAtOnce(f"interrupted by {signal.Signals(number).name}{again}", number)
+        raise StoppedAtOnce(
+            f"interrupted by {signal.Signals(number).name}; what was saved before is whole, --resume goes on there",
+            number,
+        )
 
     former = {}
     try:
