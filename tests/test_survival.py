@@ -240,6 +240,17 @@ def test_signals_that_are_to_be_ignored_stay_so() -> None:
         signal.signal(signal.SIGHUP, former)
 
 
+def test_the_signal_is_told_whatever_has_caught_it() -> None:
+    """Ray's own code, in which the handler may run, raises a KeyboardInterrupt of its own instead."""
+    with pytest.raises(StoppedAtOnce, match="by SIGTERM") as stopped, stop_signals(patient=False):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        except StoppedAtOnce:
+            raise KeyboardInterrupt from None
+    assert stopped.value.number == signal.SIGTERM
+
+
 def test_a_launcher_that_hands_a_signal_on_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     now = [100.0]

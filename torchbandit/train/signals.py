@@ -47,6 +47,7 @@ def stop_signals(patient: bool) -> Iterator[list[int]]:
         StoppedAtOnce: see `patient`; the one after it has the system's own way, which no cleaning up can hold up.
     """
     seen: list[int] = []
+    raised: list[StoppedAtOnce] = []
     first_s = 0.0
     launched = int(os.environ.get("WORLD_SIZE") or 1) > 1
 
@@ -80,6 +81,11 @@ def stop_signals(patient: bool) -> Iterator[list[int]]:
         former = {}
     try:
         yield seen
+    except KeyboardInterrupt as error:
+        # Ray, waiting in its own code, makes a plain one of ours, which says neither why nor which signal.
+        if raised and error is not raised[0]:
+            raise raised[0] from error
+        raise
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
