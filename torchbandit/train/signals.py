@@ -66,10 +66,9 @@ def stop_signals(patient: bool) -> Iterator[list[int]]:
             return
         for other in former:
             signal.signal(other, signal.SIG_DFL)
-        raise StoppedAtOnce(
-            f"interrupted by {signal.Signals(number).name}; what was saved before is whole, --resume goes on there",
-            number,
-        )
+        told = f"interrupted by {signal.Signals(number).name}; what was saved before is whole, --resume goes on there"
+        raised.append(StoppedAtOnce(told, number))
+        raise raised[0]
 
     former = {}
     try:
