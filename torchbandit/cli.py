@@ -49,7 +49,7 @@ def _train(options: Any) -> int:
     try:
         train(options)
     except Interrupted as stopped:
-        return _fail(stopped, 128 + stopped.number)
+        return _fail(stopped, 128 + stopped.number, "")
     return 0
 
 
@@ -291,7 +291,7 @@ def _overview() -> str:
     return f"usage: torchbandit COMMAND [options]\n\n{lines}\n\nOptions of a command: torchbandit COMMAND --help"
 
 
-def _fail(error: object, code: int) -> int:
+def _fail(error: object, code: int, kind: str = "error: ") -> int:
     with contextlib.suppress(OSError):  # the terminal is gone; the exit code still tells
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{kind}{error}", file=sys.stderr)
     return code

@@ -39,7 +39,7 @@ def train(options: TrainOptions) -> Path:
     out = Path(options.out)
     accelerator = build.build_accelerator(options, device)
     main = accelerator.is_main_process
-    with folder.claim(out, options.resume) if main else contextlib.nullcontext(), stop_signals(patient=False):
+    with stop_signals(patient=False), folder.claim(out, options.resume) if main else contextlib.nullcontext():
         if options.resume:
             if main:
                 folder.recover(out / "checkpoint")
