@@ -119,7 +119,7 @@ def test_a_weight_that_is_none_leaves_its_row_out(bad):
     new = torch.randn(3, 4, generator=gen).requires_grad_()
     mask, weights = torch.ones(3, 4).bool(), torch.ones(3, 4)
     weights[1, 2] = bad
-    loss, metrics = losses.policy_loss(new, new.detach(), torch.ones(3), mask, weights=weights)
+    loss, _ = losses.policy_loss(new, new.detach(), torch.ones(3), mask, weights=weights)
     right, _ = losses.policy_loss(new[[0, 2]], new.detach()[[0, 2]], torch.ones(2), mask[[0, 2]])
     assert_close(loss, right)
     (grad,) = torch.autograd.grad(loss, new)

@@ -44,10 +44,7 @@ def make_trainer(
     prompts = PromptSet.from_texts([f"prompt {i}" for i in range(32)], tokenizer, max_length=32)
     env = BanditEnv(prompts, reward, num_prompts=num_prompts, group_size=group_size)
     policy = CausalLMPolicy(
-        tiny_lm(),
-        tokenizer,
-        sampling=Sampling(max_new_tokens=8),
-        critic="head" if ALGORITHMS[algo].needs_critic else None,
+        tiny_lm(), tokenizer, sampling=Sampling(max_new_tokens=8), critic="head" if ALGORITHMS[algo].needs_critic else None
     )
     own = {field.name for field in dataclasses.fields(ALGORITHMS[algo])}
     algorithm = ALGORITHMS[algo](**{name: options.pop(name) for name in list(options) if name in own})

@@ -45,10 +45,7 @@ def main(out: str, algo: str) -> None:
     terms = [RewardModel(tiny_reward_model(), normalize="running"), KLPenalty(tiny_lm(seed=3), coef=0.1, target=2.0)]
     env = BanditEnv(prompts, terms, num_prompts=8 // world, group_size=2)
     policy = Scripted(
-        tiny_lm(),
-        tokenizer,
-        sampling=Sampling(max_new_tokens=6),
-        critic="head" if ALGORITHMS[algo].needs_critic else None,
+        tiny_lm(), tokenizer, sampling=Sampling(max_new_tokens=6), critic="head" if ALGORITHMS[algo].needs_critic else None
     )
     corpus = Corpus.from_texts([f"a document {i}" * (1 + i % 3) for i in range(32)], tokenizer)
     options = LoopOptions(
