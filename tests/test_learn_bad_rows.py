@@ -95,6 +95,15 @@ def test_a_constant_group_has_no_gradient_at_all(name):
     assert (grad[0, G : 2 * G] == 0).all() and grad.abs().max() > 0
 
 
+def test_a_batch_of_constant_groups_teaches_nothing_with_a_baseline():
+    """Not even a rounding, which whitening would blow up and Adam make a whole step of."""
+    for name in ("reinforce++-baseline", "grpo", "rloo"):
+        td = stepped(4).apply(lambda x: x.float() if x.is_floating_point() else x)
+        td["next", "reward"] = torch.tensor([0.3, 0.7, 1.1, 1.9]).repeat_interleave(G)[:, None]
+        td["next", "reward"][0], td["next", "unscorable"] = torch.nan, torch.arange(len(td)) == 0
+        assert (ALGORITHMS[name]().targets(td, group_size=G, reduce=None)["advantages"] == 0).all(), name
+
+
 @pytest.mark.parametrize("algorithm", [GRPO(), GRPO(dual_clip=3.0), GRPO(ratio="response"), CISPO(), RLOO()], ids=repr)
 @pytest.mark.parametrize("drift", [90.0, -90.0])
 def test_a_log_ratio_of_90_leaves_loss_and_gradient_finite(algorithm, drift):
