@@ -113,7 +113,7 @@ class BanditLoop(Algorithm):
         if why is not None:
             raise ValueError(f"iteration {self.iteration + 1}: {why}")
         learned = time.perf_counter()
-        if not self._local:
+        if self.config.num_learners or self.env_runner_group.num_remote_env_runners():
             with self.metrics.log_time((names.TIMERS, names.SYNCH_WORKER_WEIGHTS_TIMER)):
                 self._broadcast(self.env_runner_group)
         # RLlib's timers are moving averages; these are of this iteration.
@@ -124,11 +124,6 @@ class BanditLoop(Algorithm):
         """RLlib's iteration; its result has the local engine's metrics by their names under "bandit"."""
         result: dict[str, Any] = super().step()
         return result | {BANDIT: dict(self._told)}
-
-    @property
-    def _local(self) -> bool:
-        """Everything in this process, one module for generating and learning."""
-        return bool(self.env_runner_group.num_remote_env_runners() == 0 and self.config.num_learners == 0)
 
     def _sample(self) -> MultiAgentBatch:
         runner = self.env_runner_group.local_env_runner
@@ -269,9 +264,8 @@ class BanditLoop(Algorithm):
     def restore_from_path(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
         """As RLlib's, with the weights on every runner when it returns."""
         super().restore_from_path(_whole(path), *args, **kwargs)
-        for group in (self.env_runner_group, self.eval_env_runner_group):
-            if group is not None:
-                self._broadcast.through_store(group)
+        for group in filter(None, (self.env_runner_group, self.eval_env_runner_group)):
+            self._broadcast.through_store(group)
 
 
 def _whole(path: str | Path | None) -> str | Path | None:

@@ -74,10 +74,8 @@ class BanditConfig(AlgorithmConfig):
                 runner lives: it loads reward model and reference there, on `device`. It need not shard the prompts.
             sampling: as for `CausalLMPolicy`.
         """
-        if env_fn is not NotProvided:
-            self.env_fn = env_fn
-        if sampling is not NotProvided:
-            self.sampling = sampling
+        self.env_fn = self.env_fn if env_fn is NotProvided else env_fn
+        self.sampling = self.sampling if sampling is NotProvided else sampling
         return self
 
     def rl_module(
@@ -125,16 +123,13 @@ class BanditConfig(AlgorithmConfig):
         Raises:
             ValueError: there is no such keyword; the nearest is named, or the algorithms that have it.
         """
-        if algo is not NotProvided:
-            self.algo = algo
-        if learner_class is not NotProvided:
-            self._learner_class = learner_class
+        self.algo = self.algo if algo is NotProvided else algo
+        self.ptx_length = self.ptx_length if ptx_length is NotProvided else ptx_length
+        self._learner_class = self._learner_class if learner_class is NotProvided else learner_class
         if ptx_data is not NotProvided:
             # A bare tensor as an attribute would break RLlib's own comparisons of config values.
             is_ids = isinstance(ptx_data, torch.Tensor)
             self.ptx_data = (ptx_data, torch.ones_like(ptx_data, dtype=torch.bool)) if is_ids else _absolute(ptx_data)
-        if ptx_length is not NotProvided:
-            self.ptx_length = ptx_length
         of_learner, own = keywords.of_learner(self.learner_class), keywords.of_algorithm(self.algo)
         rllibs: dict[str, Any] = {}
         for name, value in kwargs.items():
@@ -259,10 +254,6 @@ class BanditConfig(AlgorithmConfig):
             )
         if self.grad_clip_by != "global_norm":
             raise ValueError(f'grad_clip_by: must be "global_norm", got {self.grad_clip_by!r}')
-        rows: int = self.train_batch_size_per_learner
-        size: Any = self.minibatch_size
-        if rows and size and size > rows:
-            raise ValueError(f"minibatch_size: must be at most train_batch_size_per_learner={rows}, got {size}")
 
 
 class BanditPPOConfig(BanditConfig):
