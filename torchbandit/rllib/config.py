@@ -94,12 +94,12 @@ class BanditConfig(AlgorithmConfig):
             kwargs: RLlib's own.
         """
         given: dict[str, Any] = dict(
-            pretrained=pretrained, critic=critic, dtype=dtype, gradient_checkpointing=gradient_checkpointing,
-            packing=packing,
+            pretrained=_absolute(pretrained), critic=_absolute(critic), dtype=dtype, packing=packing,
+            gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
         for name, value in given.items():
             if value is not NotProvided:
-                setattr(self, name, _absolute(value) if name in ("pretrained", "critic") else value)
+                setattr(self, name, value)
         super().rl_module(**kwargs)
         return self
 
@@ -110,8 +110,7 @@ class BanditConfig(AlgorithmConfig):
         """What is learnt, and how.
 
         Args:
-            algo: a name of `torchbandit.learn.ALGORITHMS`, `package.module:Class`, or an `Algorithm`, as class or
-                instance.
+            algo: a name of `torchbandit.learn.ALGORITHMS`, `package.module:Class`, a class or an instance.
             ptx_data: corpus file, ids [M, L] int64 or (ids, mask), or a function `device -> batches` of (ids, mask).
             ptx_length: longest row of a corpus file.
             learner_class: a subclass of `BanditLearner` with a loss of one's own.
@@ -152,8 +151,6 @@ class BanditConfig(AlgorithmConfig):
         super().training(**rllibs)
         return self
 
-    # --- what the parts read ---------------------------------------------------------------------------------------
-
     @property
     def algorithm(self) -> Algorithm:
         """The algorithm with its options; ValueError where none is named, it is none, or it refuses an option."""
@@ -167,8 +164,6 @@ class BanditConfig(AlgorithmConfig):
             epochs=self.num_epochs, minibatches=parts, max_grad_norm=self.grad_clip or 0.0, seed=self.seed or 0,
             **{name: getattr(self, name) for name in keywords.UPDATE},
         )  # fmt: skip
-
-    # --- what RLlib asks of a config -------------------------------------------------------------------------------
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         """A `CausalLMModule` of this config: paths and settings, never weights (an actor restart needs them again)."""
@@ -252,8 +247,6 @@ class BanditConfig(AlgorithmConfig):
                 f"training(ptx_coef={self.ptx_coef}): needs ptx_data, got none; give a corpus file, token tensors or a "
                 "function, or ptx_coef=0"
             )
-        if self.grad_clip_by != "global_norm":
-            raise ValueError(f'grad_clip_by: must be "global_norm", got {self.grad_clip_by!r}')
 
 
 class BanditPPOConfig(BanditConfig):
