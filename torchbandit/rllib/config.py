@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.util.debug import log_once
 
 from torchbandit.generation import Sampling
 from torchbandit.learn import PPO
@@ -119,8 +120,6 @@ class BanditConfig(AlgorithmConfig):
                 of RLlib's lr (a number, or [[rows sampled, rate], …]), grad_clip (a norm; None or 0: no clipping),
                 num_epochs, minibatch_size (rows of an update and learner; None: the whole batch),
                 train_batch_size_per_learner (rows of an iteration) and optimizer (options of AdamW).
-        Raises:
-            ValueError: there is no such keyword; the nearest is named, or the algorithms that have it.
         """
         self.algo = self.algo if algo is NotProvided else algo
         self.ptx_length = self.ptx_length if ptx_length is NotProvided else ptx_length
@@ -188,6 +187,7 @@ class BanditConfig(AlgorithmConfig):
                 setattr(self, name, default)
         self._validate_bandit()
         self._validate_training()
+        log_once(f"{self.algo_class.__name__}_on_new_api_stack")  # as told; RLlib would advise its old stack
         super().validate()
 
     def _validate_bandit(self) -> None:
