@@ -27,6 +27,7 @@ from torchbandit.generation.cache import LayerShape, Unfit, bytes_per_place, lay
 from torchbandit.generation.engine import Engine
 from torchbandit.generation.plain import generate_plain
 from torchbandit.generation.sampling import Generated, Sampling
+from torchbandit.models import evaluating
 
 __all__ = ["Generated", "Sampling", "generate", "record_s", "release"]
 
@@ -67,10 +68,7 @@ def generate(
     """
     _check(model, prompt_ids, prompt_mask, sampling, generator, group_size)
     stops = tuple(stop_ids if sampling.stop_ids is None else sampling.stop_ids)
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
+    with evaluating(model):
         if model not in _unfit:
             try:
                 engine = _engine(model, prompt_ids.shape[0], prompt_ids.shape[1], sampling)
@@ -80,9 +78,6 @@ def generate(
                 release(model)
                 warnings.warn(f"generation takes the plain loop: {reason}", stacklevel=3)
         return generate_plain(model, prompt_ids, prompt_mask, sampling, stops, pad_id, generator, group_size)
-    finally:
-        if was_training:
-            model.train()
 
 
 def release(model: PreTrainedModel) -> None:

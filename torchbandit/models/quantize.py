@@ -108,6 +108,35 @@ def is_quantized(weight: Any) -> bool:
     return not weight.is_floating_point() or type(getattr(weight, "data", weight)) is not torch.Tensor
 
 
+def saved_as(config: Any) -> str | None:
+    """By what method a model's folder was quantised; None if it was not."""
+    said = getattr(config, "quantization_config", None)
+    if said is None:
+        return None
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    return str(getattr(method, "value", method) or "quantised")
+
+
+def not_trainable(name: str, how: str) -> ValueError:
+    """What is said to whoever would train quantised weights."""
+    return ValueError(
+        f"model {name}: quantization must be None for a model that is trained, got {how!r}: embeddings and norms alone "
+        "would train; load it unquantised, or lay adapters over it (ModelSpec(path, quantization=..., adapter=...))"
+    )
+
+
+def check_trainable(model: PreTrainedModel) -> None:
+    """Refuse a live model whose weights are quantised, unless adapters are what trains (trap 39).
+
+    Raises:
+        ValueError: says so, and names adapters.
+    """
+    if getattr(model, "peft_config", None):
+        return
+    if any(is_quantized(weight) for weight in model.parameters()):
+        raise not_trainable(type(model).__name__, saved_as(model.config) or "quantised")
+
+
 def compiler_options(model: nn.Module) -> dict[str, Any]:
     """What Inductor must be told of a model's weights.
 
