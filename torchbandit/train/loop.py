@@ -20,6 +20,7 @@ from torchbandit.clock import Clock
 from torchbandit.corpus import Corpus
 from torchbandit.env import BanditEnv
 from torchbandit.masters import MasterOptimizer
+from torchbandit.models import check_apart
 from torchbandit.policy import CausalLMPolicy, Plans
 from torchbandit.train.metrics import Metrics, reward_metrics, to_host
 from torchbandit.train.options import LoopOptions
@@ -89,6 +90,7 @@ class BanditTrainer:
         sampling = policy.sampling
         if sampling.temperature <= 0 or sampling.top_k or sampling.top_p != 1:
             raise ValueError(f"sampling: training draws with a temperature above 0 alone, got {sampling}")
+        check_apart(policy, {term.name: term.models() for term in self.env.rewards.terms})
         if policy.device != self.env.device:
             raise ValueError(f"device: the policy is on {policy.device}, the env on {self.env.device}; use one device")
 
