@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from torchbandit.models import adapters, quantize, weights
+from torchbandit.models import adapters, experts, quantize, weights
 from torchbandit.models.estimate import check_fits
 from torchbandit.models.hub import fetch
 from torchbandit.models.mapped import given_back
@@ -247,7 +247,9 @@ def _load(
     assert isinstance(loaded, PreTrainedModel)
     _check_keys(info, loaded, str(spec.path))
     if spec.quantization is not None:
+        experts.quantise(loaded, spec.quantization)
         quantize.check(loaded, keep, str(spec.path))
+        quantize.tell_plain(loaded, skeleton, str(spec.path), spec.quantization)
     disable_dropout(loaded)
     loaded.eval().requires_grad_(trainable)
     setattr(loaded, "torchbandit_compile", spec.compile)  # noqa: B010 (a name that no module declares)

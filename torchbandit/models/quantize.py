@@ -1,6 +1,6 @@
 """Quantised weights: which layers become small, by whose kernels, and whether it came out so.
 
-Only the linear layers inside the repeated decoder layers are quantised. Whatever stands outside (embeddings, the score
+Only the linear layers inside the repeated decoder layers are quantised, and their experts (experts.py). Whatever stands outside (embeddings, the score
 or LM head, projections beside them) and every norm keeps the model's dtype: a quantised score head gives rewards that
 are all one number (trap 13).
 """
@@ -8,6 +8,7 @@ are all one number (trap 13).
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -158,6 +159,32 @@ def check(model: PreTrainedModel, keep: list[str], name: str) -> None:
     if wrong:
         raise ValueError(f"model {name}: {', '.join(wrong)} must stay in high precision, got quantised weights; this "
                          "version of transformers is not supported")  # fmt: skip
-    if not any(is_quantized(weight) for weight in weights.values()):
+    if not any(is_quantized(weight) for weight in model.parameters()):
         raise ValueError(f"model {name}: {type(model).__name__} has no linear layers that can be quantised; load it "
                          "with quantization=None")  # fmt: skip
+
+
+SAID_ABOVE = 0.1
+"""Share of the layers' weights that stays plain above which it is said."""
+
+
+def tell_plain(model: PreTrainedModel, skeleton: nn.Module, name: str, quantization: Quantization) -> None:
+    """Warn of the share of the layers' weights that is not quantised, where that is much (trap 35)."""
+    whole = sum(weight.numel() for weight in _matrices(skeleton).values())
+    plain = {at: weight.numel() for at, weight in _matrices(model).items() if not is_quantized(weight)}
+    share = sum(plain.values()) / max(whole, 1)
+    if share > SAID_ABOVE:
+        largest = max(plain, key=lambda at: plain[at])
+        warnings.warn(f"model {name}: {quantization} leaves {share:.0%} of the weights of its layers as they were, the "
+                      f"largest {largest}; they are no linear layers", stacklevel=4)  # fmt: skip
+
+
+def _matrices(model: nn.Module) -> dict[str, Any]:
+    """The weights of the repeated layers by name, norms and biases left out, and the scales of small ones."""
+    return {
+        f"{at}.{name}": weight
+        for at, layer in model.named_modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+        for name, weight in layer.named_parameters()
+        if weight.dim() > 1 and not name.endswith(".original1")
+    }
