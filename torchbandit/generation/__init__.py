@@ -156,7 +156,7 @@ def _check(
         )
     if group_size < 1 or prompt_ids.shape[0] % group_size:
         raise ValueError(f"group_size: must be at least 1 and divide the {prompt_ids.shape[0]} rows, got {group_size}")
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     need = prompt_ids.shape[1] + sampling.max_new_tokens - 1  # the last token is never fed back
     if isinstance(context, int) and need > context:
         raise ValueError(
