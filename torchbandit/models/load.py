@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from torchbandit.models import adapters, experts, quantize, weights
+from torchbandit.models import adapters, experts, quantize, text, weights
 from torchbandit.models.estimate import check_fits
 from torchbandit.models.hub import fetch
 from torchbandit.models.mapped import given_back
@@ -195,6 +196,8 @@ def _load(
     if isinstance(model, PreTrainedModel):
         if trainable:
             quantize.check_trainable(model)
+        if auto is AutoModelForCausalLM and text.whole_class(model.config) is not None:
+            model = text.text_side(model, name_of(model))
         disable_dropout(model)
         return model if trainable else model.eval()
     spec, device = as_spec(model, dtype), torch.device(device)
@@ -220,7 +223,15 @@ def _load(
     saved_as = quantize.saved_as(config)
     if saved_as is not None and trainable:
         raise quantize.not_trainable(str(spec.path), saved_as)
-    skeleton = _skeleton(auto, config, torch.device("meta"), target)
+    whole = text.whole_class(config) if auto is AutoModelForCausalLM else None
+    if whole is not None:
+        text.text_config(config, str(spec.path))  # refused before anything is read, if at all
+        if spec.quantization is not None:
+            raise ValueError(f"model {spec.path}: quantization must be None for a model of more than text, got "
+                             f"{spec.quantization!r}; save its text side first: load_causal_lm({str(spec.path)!r}, "
+                             "device).save_pretrained(folder)")  # fmt: skip
+        auto = whole
+    skeleton = _skeleton(auto, config, torch.device("meta"), target, str(spec.path))
     if spec.quantization is not None:
         quantize.check_shapes(spec.quantization, skeleton, device, str(spec.path))
     files = weights.check_files(folder, str(spec.path))
@@ -250,6 +261,10 @@ def _load(
         experts.quantise(loaded, spec.quantization)
         quantize.check(loaded, keep, str(spec.path))
         quantize.tell_plain(loaded, skeleton, str(spec.path), spec.quantization)
+    if whole is not None:
+        loaded = text.text_side(loaded, str(spec.path))
+        warnings.warn(f"model {spec.path}: holds more than text; its text side alone is used, and saved, as a "
+                      f"{type(loaded).__name__}", stacklevel=3)  # fmt: skip
     disable_dropout(loaded)
     loaded.eval().requires_grad_(trainable)
     setattr(loaded, "torchbandit_compile", spec.compile)  # noqa: B010 (a name that no module declares)
@@ -285,7 +300,10 @@ def _empty(
     auto: Any, model: str | Path | ModelSpec, device: torch.device | str, dtype: str | torch.dtype
 ) -> PreTrainedModel:
     spec, device = as_spec(model, dtype), torch.device(device)
-    made = _skeleton(auto, _config(spec), device, dtype_on(spec.dtype, device))
+    config = _config(spec)
+    if auto is AutoModelForCausalLM and text.whole_class(config) is not None:
+        config = text.text_config(config, str(spec.path))
+    made = _skeleton(auto, config, device, dtype_on(spec.dtype, device), str(spec.path))
     made.tie_weights()  # left out with the initialisation
     # from_config knows nothing of generation_config.json, whose eos ids end a response.
     with contextlib.suppress(OSError):
@@ -296,10 +314,22 @@ def _empty(
     return made
 
 
-def _skeleton(auto: Any, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture, its weights never written."""
-    with no_init_weights(), device:
-        made: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+def _skeleton(auto: Any, config: Any, device: torch.device, dtype: torch.dtype, name: str) -> PreTrainedModel:
+    """The architecture, its weights never written.
+
+    Raises:
+        ValueError: transformers has no such class of this architecture, or cannot build it.
+    """
+    kind = "sequence classifier" if auto is AutoModelForSequenceClassification else "causal language model"
+    if type(config) not in auto._model_mapping:
+        raise ValueError(f"model {name}: transformers has no {kind} of architecture {config.model_type}; use a model of "
+                         "another architecture")  # fmt: skip
+    try:
+        with no_init_weights(), device:
+            made: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # a config that its own architecture cannot be built from, a package that it asks for
+        raise ValueError(f"model {name}: cannot be built as a {kind} of architecture {config.model_type} "
+                         f"({first_line(error)}); check its config.json") from error  # fmt: skip
     return made
 
 
