@@ -198,6 +198,7 @@ def _load(
             quantize.check_trainable(model)
         if auto is AutoModelForCausalLM and text.whole_class(model.config) is not None:
             model = text.text_side(model, name_of(model))
+        text.name_base(model)
         disable_dropout(model)
         return model if trainable else model.eval()
     spec, device = as_spec(model, dtype), torch.device(device)
@@ -265,6 +266,7 @@ def _load(
         loaded = text.text_side(loaded, str(spec.path))
         warnings.warn(f"model {spec.path}: holds more than text; its text side alone is used, and saved, as a "
                       f"{type(loaded).__name__}", stacklevel=3)  # fmt: skip
+    text.name_base(loaded)
     disable_dropout(loaded)
     loaded.eval().requires_grad_(trainable)
     setattr(loaded, "torchbandit_compile", spec.compile)  # noqa: B010 (a name that no module declares)
@@ -308,6 +310,7 @@ def _empty(
     # from_config knows nothing of generation_config.json, whose eos ids end a response.
     with contextlib.suppress(OSError):
         made.generation_config = GenerationConfig.from_pretrained(fetch(spec))
+    text.name_base(made)
     disable_dropout(made)
     made.eval().requires_grad_(False)
     setattr(made, "torchbandit_compile", spec.compile)  # noqa: B010

@@ -51,12 +51,21 @@ def text_config(config: Any, name: str) -> Any:
         given = {key: value for key, value in inner.to_dict().items() if key != "model_type"}
         rope = {k: v for k, v in (given.get("rope_parameters") or {}).items() if not k.startswith("mrope")}
         rope = {k: "default" if v == "mrope" else v for k, v in rope.items()}
+        given["norm_topk_prob"] = True  # of experts, if any: theirs always are, Qwen3-MoE's as the config says
         inner = CONFIG_MAPPING[SAME_ON_TEXT[inner.model_type]](**(given | {"rope_parameters": rope}))
     if type(inner) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"model {name}: its text side ({inner.model_type}) must be a causal language model that "
                          f"transformers has alone, got none for {config.model_type}; use a text model")  # fmt: skip
     inner.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", inner.tie_word_embeddings))
     return inner
+
+
+def name_base(model: PreTrainedModel) -> None:
+    """Let `base_model` find the decoder of a model whose class gives another name than its attribute's (Llama-4)."""
+    decoder = model.get_decoder() if not hasattr(model, model.base_model_prefix) else None
+    for name, module in model.named_children():
+        if module is decoder:
+            model.base_model_prefix = name
 
 
 def text_side(whole: PreTrainedModel, name: str) -> PreTrainedModel:
@@ -67,12 +76,15 @@ def text_side(whole: PreTrainedModel, name: str) -> PreTrainedModel:
     """
     config = text_config(whole.config, name)
     head, decoder = whole.get_output_embeddings(), whole.get_decoder()
+    if decoder.get_output_embeddings() is not None:  # a whole language model
+        head, decoder = decoder.get_output_embeddings(), decoder.get_decoder()
     config.tie_word_embeddings = head is not None and head.weight is decoder.get_input_embeddings().weight
     with no_init_weights(), init_empty_weights(include_buffers=False):
         text: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=whole.dtype)
-    weights: dict[str, Any] = {f"{text.base_model_prefix}.{k}": w for k, w in decoder.state_dict(keep_vars=True).items()}
-    own_head = next(k for k, module in text.named_modules() if module is text.get_output_embeddings())
-    weights |= {f"{own_head}.{k}": w for k, w in (head.state_dict(keep_vars=True) if head is not None else {}).items()}
+    weights: dict[str, Any] = {}
+    for part, own in ((decoder, text.get_decoder()), (head, text.get_output_embeddings())):
+        at = next(k for k, module in text.named_modules() if module is own)
+        weights |= {f"{at}.{k}": w for k, w in (part.state_dict(keep_vars=True) if part is not None else {}).items()}
     kind = f"model {name}: its text side cannot be taken out of {type(whole).__name__}"
     try:
         text.load_state_dict(weights, assign=True)
