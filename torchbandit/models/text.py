@@ -62,10 +62,9 @@ def text_config(config: Any, name: str) -> Any:
 
 def name_base(model: PreTrainedModel) -> None:
     """Let `base_model` find the decoder of a model whose class gives another name than its attribute's (Llama-4)."""
-    decoder = model.get_decoder() if not hasattr(model, model.base_model_prefix) else None
-    for name, module in model.named_children():
-        if module is decoder:
-            model.base_model_prefix = name
+    if not hasattr(model, model.base_model_prefix):
+        inside = [name for name, module in model.named_children() if isinstance(module, PreTrainedModel)]
+        model.base_model_prefix = inside[0] if len(inside) == 1 else model.base_model_prefix
 
 
 def text_side(whole: PreTrainedModel, name: str) -> PreTrainedModel:
@@ -75,14 +74,17 @@ def text_side(whole: PreTrainedModel, name: str) -> PreTrainedModel:
         ValueError: it holds other weights, or says something else of a text than `whole`.
     """
     config = text_config(whole.config, name)
-    head, decoder = whole.get_output_embeddings(), whole.get_decoder()
-    if decoder.get_output_embeddings() is not None:  # a whole language model
-        head, decoder = decoder.get_output_embeddings(), decoder.get_decoder()
+    decoder = whole.get_decoder()
+    head = whole.get_output_embeddings() or decoder.get_output_embeddings()
+    if decoder.get_output_embeddings() is not None:  # a language model of its own inside `whole`
+        name_base(decoder)
+        decoder = decoder.base_model
     config.tie_word_embeddings = head is not None and head.weight is decoder.get_input_embeddings().weight
     with no_init_weights(), init_empty_weights(include_buffers=False):
         text: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=whole.dtype)
     weights: dict[str, Any] = {}
-    for part, own in ((decoder, text.get_decoder()), (head, text.get_output_embeddings())):
+    name_base(text)
+    for part, own in ((decoder, text.base_model), (head, text.get_output_embeddings())):
         at = next(k for k, module in text.named_modules() if module is own)
         weights |= {f"{at}.{k}": w for k, w in (part.state_dict(keep_vars=True) if part is not None else {}).items()}
     kind = f"model {name}: its text side cannot be taken out of {type(whole).__name__}"
