@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from torchbandit.generation.cache import LayerShape, Unfit, bytes_per_place, layer_shapes
 from torchbandit.generation.engine import Engine
-from torchbandit.generation.plain import generate_plain
+from torchbandit.generation.plain import generate_plain, require_causal
 from torchbandit.generation.sampling import Generated, Sampling
 from torchbandit.models import evaluating
 
@@ -69,6 +69,8 @@ def generate(
     _check(model, prompt_ids, prompt_mask, sampling, generator, group_size)
     stops = tuple(stop_ids if sampling.stop_ids is None else sampling.stop_ids)
     with evaluating(model):
+        if model not in _engines and model not in _unfit:
+            require_causal(model)
         if model not in _unfit:
             try:
                 engine = _engine(model, prompt_ids.shape[0], prompt_ids.shape[1], sampling)
@@ -149,6 +151,11 @@ def _check(
         raise ValueError(
             f"prompt_ids: must be on the model's device {model.device}, got {prompt_ids.device}; move them"
         )
+    size = model.get_input_embeddings().weight.shape[0]
+    if prompt_ids.device.type == "cpu" and not 0 <= int(prompt_ids.min()) <= int(prompt_ids.max()) < size:  # a free look
+        worst = next(i for i in prompt_ids.flatten().tolist() if not 0 <= i < size)
+        raise ValueError(f"prompt_ids: must be in 0..{size - 1}, the model's embeddings, got {worst}; tokenise the "
+                         "prompts with the model's own tokenizer")  # fmt: skip
     if generator is not None and generator.device.type != prompt_ids.device.type:
         raise ValueError(
             f"generator: must live on {prompt_ids.device.type}, got {generator.device}; "

@@ -185,6 +185,24 @@ def _try_out(model: PreTrainedModel) -> Manner:
     return Manner(caches, pads)
 
 
+def require_causal(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits of a token depend on later ones: what it generates would be changed by what follows.
+
+    Raises:
+        ValueError: it does.
+    """
+    size = int(model.config.get_text_config().vocab_size)
+    one = torch.arange(3, 9, device=model.device)[None] % size
+    other = torch.cat((one[:, :-1], (one[:, -1:] + 7) % size), 1)
+    try:
+        a, b = (model(input_ids=ids, use_cache=False).logits[:, :-1].float() for ids in (one, other))
+    except Exception:  # it does not run so; `_try_out` or the engine says what is amiss
+        return
+    if a.shape == b.shape and float((a - b).norm() / b.norm()) > (1e-4 if a.device.type == "cpu" else 0.1):
+        raise ValueError(f"model: must be causal to generate, got {type(model).__name__}, whose predictions see later "
+                         "tokens; load a causal LM (of BERT's kind: is_decoder=True in its config)")  # fmt: skip
+
+
 def _goes_on(model: PreTrainedModel, ids: Tensor, real: Tensor) -> Tensor:
     forward = _Forward(model, True)
     forward(ids[:, :-1], real[:, :-1])
