@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import logging
+import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ from torchbandit.scoring import log_probs, make_plan, token_values
 from torchbandit.scoring.routes import route_of
 
 V, T, GROUP = 320, 6, 2
+LARGEST = 5_000_000
+"""Weights beyond which an architecture is not tried."""
+LONGEST_S = 45
 COLUMNS = ("generation", "packed", "shared prompts", "gradient", "critic head", "save and load")
 SIZES: dict[str, Any] = {
     "vocab_size": V, "hidden_size": 32, "d_model": 32, "n_embd": 32, "embedding_size": 32, "word_embed_proj_dim": 32,
@@ -84,6 +89,10 @@ def tiny(kind: str) -> PreTrainedModel:
         kinds = list(dict.fromkeys(known["layer_types"]))
         given["layer_types"] = (kinds * layers)[:layers]
     config = _config(type(default), given | OWN.get(kind, {}))
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"its sizes lie in configs of its own, and come to {size / 1e6:.0f}M weights")
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     for name, weight in model.named_parameters():
@@ -189,7 +198,9 @@ def try_out(kind: str) -> dict[str, str]:
         sum(naive(model, p[m], r).sum() for p, m, r in zip(prompts, mask, responses, strict=True)).backward()
         want = {name: w.grad.clone() for name, w in model.named_parameters() if w.grad is not None}
         model.zero_grad()
-        far = max((float((got[n] - want[n]).norm() / want[n].norm().clamp_min(1e-3)) for n in want if n in got), default=1.0)
+        far = max(
+            (float((got[n] - want[n]).norm() / want[n].norm().clamp_min(1e-3)) for n in want if n in got), default=1.0
+        )
         return "yes" if far < 1e-2 and got.keys() == want.keys() else f"WRONG by {far:.2g}"
 
     def critic() -> str:
@@ -226,10 +237,12 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def table(kinds: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """(architecture, its cells), one by one."""
-    for kind in kinds:
-        yield kind, try_out(kind)
+class _Late(BaseException):
+    """An architecture took too long; no `except Exception` on the way may take it for its own."""
+
+
+def _late(*_: object) -> None:
+    raise _Late
 
 
 def markdown(found: dict[str, dict[str, str]]) -> str:
@@ -258,9 +271,16 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found = {}
+    signal.signal(signal.SIGALRM, _late)
     for kind in options.only:
         begin = time.perf_counter()
-        found[kind] = try_out(kind)
+        signal.alarm(LONGEST_S)
+        try:
+            found[kind] = try_out(kind)
+        except _Late:
+            found[kind] = {"generation": f"no tiny model: takes longer than {LONGEST_S} s"}
+        finally:
+            signal.alarm(0)
         cells = " | ".join(f"{name}: {cell[:150]}" for name, cell in found[kind].items())
         print(f"{kind} ({time.perf_counter() - begin:.1f} s): {cells}", flush=True)
     if options.write:

@@ -63,7 +63,9 @@ def test_trap_20_a_value_head_reopens(tmp_path):
     assert policy.values(td).abs().max() > 0.1
     assert_close(again.values(td), policy.values(td))
     state = load_file(tmp_path / "value_head.safetensors")
-    save_file({"weight": state["weight"][:, :-1].contiguous(), "bias": state["bias"]}, tmp_path / "value_head.safetensors")
+    save_file(
+        {"weight": state["weight"][:, :-1].contiguous(), "bias": state["bias"]}, tmp_path / "value_head.safetensors"
+    )
     with pytest.raises(ValueError, match="value_head.safetensors: must hold .*32.*got .*31"):
         CausalLMPolicy(tmp_path, critic="head")
 
@@ -112,7 +114,9 @@ def test_trap_21_shared_weights_are_refused():
     options = LoopOptions(algo="rloo", steps=1)
     for terms in ([length, KLPenalty(model)], [length, RewardModel(model)]):
         env = BanditEnv(prompts, terms, num_prompts=2, group_size=2)
-        with pytest.raises(ValueError, match="must have weights of its own, got the policy's lm.model.embed_tokens.weight"):
+        with pytest.raises(
+            ValueError, match="must have weights of its own, got the policy's lm.model.embed_tokens.weight"
+        ):
             BanditTrainer(env, CausalLMPolicy(model, tok, sampling=SAMPLING), options)
     env = BanditEnv(prompts, [RewardModel([tiny_reward_model(seed=3), judge])], num_prompts=2)
     policy = CausalLMPolicy(model, tok, sampling=SAMPLING, critic=judge)

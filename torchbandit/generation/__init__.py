@@ -152,7 +152,9 @@ def _check(
             f"prompt_ids: must be on the model's device {model.device}, got {prompt_ids.device}; move them"
         )
     size = model.get_input_embeddings().weight.shape[0]
-    if prompt_ids.device.type == "cpu" and not 0 <= int(prompt_ids.min()) <= int(prompt_ids.max()) < size:  # a free look
+    if (
+        prompt_ids.device.type == "cpu" and not 0 <= int(prompt_ids.min()) <= int(prompt_ids.max()) < size
+    ):  # a free look
         worst = next(i for i in prompt_ids.flatten().tolist() if not 0 <= i < size)
         raise ValueError(f"prompt_ids: must be in 0..{size - 1}, the model's embeddings, got {worst}; tokenise the "
                          "prompts with the model's own tokenizer")  # fmt: skip

@@ -36,7 +36,9 @@ def whole_class(config: Any) -> Any:
     inner = config.get_text_config(decoder=True)
     if inner is config or inner.model_type == config.model_type or getattr(config, "is_encoder_decoder", False):
         return None
-    found = (auto for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM) if type(config) in auto._model_mapping)
+    found = (
+        auto for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM) if type(config) in auto._model_mapping
+    )
     return next(found, None)
 
 
