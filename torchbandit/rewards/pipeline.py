@@ -23,6 +23,7 @@ from torchbandit.batch import (
     PROMPT_MASK,
     RESPONSE,
     RESPONSE_MASK,
+    VALUES,
     Reduce,
     masked_sum,
     masked_whiten,
@@ -150,6 +151,8 @@ class RewardPipeline:
             td.set(PROMPT, known)
             odd[:, 1:] |= prompt_mask[:, 1:] < prompt_mask[:, :-1]  # not padded on the left
             broken |= any_row(odd)
+        if td.get(VALUES, None) is not None:  # a critic has none for a row beyond its context
+            broken = broken | any_row(~td[VALUES].isfinite() & mask)
         if td.get(FINISHED, None) is not None:
             require(td, FINISHED, shape=(rows,), dtype=torch.bool, device=self.device)
         elif self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
@@ -278,7 +281,7 @@ class RewardPipeline:
         return ", ".join(why)
 
     def models(self) -> list[nn.Module]:
-        """The modules that the terms have loaded so far."""
+        """The modules that the terms were given, or have loaded so far."""
         return [module for term in self.terms for module in term.models()]
 
     def offload(self) -> int:
