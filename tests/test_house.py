@@ -12,7 +12,7 @@ import torchbandit
 
 ROOT = Path(torchbandit.__file__).parent
 FLOORS = (  # from the ground up; a file may import from lower floors, and from its own folder
-    {"batch", "clock", "demo", "__version__"},
+    {"batch", "clock", "demo", "read", "__version__"},
     {"responses"},
     {"masters", "models", "losses"},
     {"prompts"},
@@ -33,6 +33,8 @@ HOME = {  # a third party, and the only places that may import it when they run
     "torchrl": {"adapters/torchrl", "bench"},
     "trl": {"adapters/trl", "bench"},
     "vllm": {"adapters/vllm"},
+    "datasets": {"read/arrow"},
+    "pyarrow": {"read/arrow"},
     "numpy": {"rllib", "adapters", "bench"},
     "jsonargparse": {"cli"},
     "huggingface_hub": {"models/hub"},
