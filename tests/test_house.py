@@ -33,7 +33,7 @@ HOME = {  # a third party, and the only places that may import it when they run
     "torchrl": {"adapters/torchrl", "bench"},
     "trl": {"adapters/trl", "bench"},
     "vllm": {"adapters/vllm"},
-    "datasets": {"read/arrow"},
+    "datasets": {"read/arrow", "bench"},
     "pyarrow": {"read/arrow"},
     "numpy": {"rllib", "adapters", "bench"},
     "jsonargparse": {"cli"},

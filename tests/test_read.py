@@ -19,7 +19,7 @@ from torchbandit.read import Cell, Row, check_text, is_stream, rows
 
 ROWS = [{"prompt": f"word {i}", "answer": str(i * 7 % 11), "level": i % 3} for i in range(5)]
 JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-CSV = b"prompt,answer,level\r\n" + b"".join(b"%s,%s,%d\r\n" % (r["prompt"].encode(), r["answer"].encode(), r["level"]) for r in ROWS)  # fmt: skip
+CSV = "\r\n".join(["prompt,answer,level", *(",".join(map(str, row.values())) for row in ROWS)]).encode()
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
@@ -119,7 +119,7 @@ def test_documents_are_parted_by_blank_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a": 2\n', r"a.jsonl:2: must be one JSON object in UTF-8, got .*at column 9"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 2\n', r"a.jsonl:2: must be one JSON object in UTF-8, got .*at column 8"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', r"a.jsonl:2: must be one JSON object, a row with named values, got list \[1\]"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a.jsonl:2: must be one JSON object in UTF-8.* at column 8\)"),
         ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000, r"a.jsonl:2: must be one JSON object"),
@@ -133,7 +133,7 @@ def test_documents_are_parted_by_blank_lines(tmp_path: Path) -> None:
         ("a.csv", b'a,b\n1,2\n"3,4\n5,6\n', r"a.csv:3: cannot be read as a row of cells .*check its quotes"),
         ("a.csv", b"a,a\n1,2\n", r"a.csv:1: the header must name each column once, got 'a' twice"),
         ("a.csv", b"a\n1\n\xe9\n", r"a.csv:3: .*UTF-8, got .* at column 1\)"),
-        ("a.txt", b'{"prompt": "a"}\n', r"a.txt:1: must be text, as the name says, got a JSON object; name the file .j"),
+        ("a.txt", b'{"prompt": "a"}\n', r"a.txt:1: must be text, as the name says, got a JSON object; name the file"),
         ("a.jsonl.gz", gzip.compress(JSONL * 99)[:-20], r"a.jsonl.gz: its compression is broken or ends too early"),
         ("a.jsonl.xz", lzma.compress(JSONL * 99)[:-20], r"a.jsonl.xz: its compression is broken or ends too early"),
         ("a.jsonl.bz2", bz2.compress(JSONL * 99)[:-20], r"a.jsonl.bz2: its compression is broken or ends too early"),
@@ -164,7 +164,9 @@ def test_folders_globs_and_splits(tmp_path: Path) -> None:
     assert values(f"{tmp_path}:test") == [{"prompt": "t"}] == values(f"{tmp_path}/sub")
     with pytest.raises(ValueError, match="has no file of a split 'dev', but"):
         read(f"{tmp_path}:dev")
-    with pytest.raises(ValueError, match=r"only a folder or a dataset of the hub has splits, and .*b.jsonl is a file"):
+    with pytest.raises(
+        ValueError, match=r"only a folder or a dataset of the hub has splits, got a file; name .*b.jsonl alone"
+    ):
         read(f"{tmp_path}/b.jsonl:train")
     put(tmp_path / "picture.png", b"")
     with pytest.raises(ValueError, match=r"must hold data files alone .* got picture.png; name the files with a glob"):

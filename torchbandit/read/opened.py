@@ -131,8 +131,8 @@ def _zstd(file: IO[bytes], name: str) -> Any:
 _COMPRESSIONS: dict[bytes, Callable[[IO[bytes], str], Any]] = {
     b"\x1f\x8b": lambda file, name: gzip.GzipFile(fileobj=file),
     b"BZh": lambda file, name: bz2.BZ2File(file),
-    b"\xfd7zXZ\x00": lambda file, name: lzma.LZMAFile(file),
-    b"]\x00\x00": lambda file, name: lzma.LZMAFile(file),
+    b"\xfd7zXZ\x00": lambda file, name: lzma.LZMAFile(file),  # noqa: SIM115 (closed with the file)
+    b"]\x00\x00": lambda file, name: lzma.LZMAFile(file),  # noqa: SIM115 (closed with the file)
     b"\x28\xb5\x2f\xfd": _zstd,
 }
 """By the first bytes, whatever the name says."""

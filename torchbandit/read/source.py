@@ -12,7 +12,7 @@ from pathlib import Path
 from torchbandit.read.arrow import read_arrow, read_hub, read_parquet, read_saved
 from torchbandit.read.cells import read_cells
 from torchbandit.read.lines import read_documents, read_json, read_jsonl, read_text
-from torchbandit.read.opened import COMPRESSED, FORMATS, Format, Opened, opened
+from torchbandit.read.opened import COMPRESSED, FORMATS, PEEK, Format, Opened, opened
 from torchbandit.read.row import Row
 
 _HUB = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?::([\w.+%\[\]:-]+))?")
@@ -143,7 +143,9 @@ def _told(file: Opened, key: str) -> Format:
     if first[:1] == b"[":
         return "json"
     if file.named == "jsonl" or first[:1] == b"{":
-        return "jsonl" if file.named == "jsonl" or (newline or len(head) < 1024) and _is_json(first) else "json"
+        # An object over several lines ends its first line early; a long line is one of JSONL.
+        by_line = _is_json(first) if newline or file.named == "json" else len(head) >= PEEK - 3
+        return "jsonl" if file.named == "jsonl" or by_line else "json"
     if file.named == "json":
         return "json"
     for kind, mark in (("tsv", b"\t"), ("csv", b","), ("csv", b";")):
