@@ -13,7 +13,7 @@ import torchbandit
 ROOT = Path(torchbandit.__file__).parent
 FLOORS = (  # from the ground up; a file may import from lower floors, and from its own folder
     {"batch", "clock", "demo", "read", "__version__"},
-    {"responses"},
+    {"responses", "texts"},
     {"masters", "models", "losses"},
     {"prompts"},
     {"scoring", "generation", "corpus"},
