@@ -23,6 +23,7 @@ from torchbandit.models import (
     quiet_bars,
     stop_ids_of,
 )
+from torchbandit.responses import tell_stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,6 +92,7 @@ class CausalLMPolicy(nn.Module):
             self.critic = load_reward_model(critic, self.device, dtype=dtype, trainable=trainable)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.stop_ids = self.sampling.stop_ids or stop_ids_of(self.lm, tokenizer)
+        tell_stop_ids(tokenizer, self.stop_ids)
         self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
     @property

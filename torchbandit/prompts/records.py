@@ -51,7 +51,9 @@ def from_texts(texts: list[Any], columns: Columns, options: PromptOptions) -> Re
     """Prompts that were handed over as such; `{prompt}` stands for them in a `prompt_template`."""
     places = [f"texts[{i}]" for i in range(len(texts))]
     if options.prompt_template is not None:
-        fits = [name for name, column in columns.items() if not isinstance(column, Tensor) and len(column) == len(texts)]
+        fits = [
+            name for name, column in columns.items() if not isinstance(column, Tensor) and len(column) == len(texts)
+        ]
         rows = [Row(p, {name: columns[name][i] for name in fits} | {"prompt": texts[i]}) for i, p in enumerate(places)]
         texts = [_filled(options.prompt_template, row) for row in rows]
     return usable(Records(texts, columns, places), options)

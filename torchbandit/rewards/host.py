@@ -103,9 +103,7 @@ class HostReward(RewardTerm):
             ValueError: a key is missing, or the function needs a column that is not there.
         """
         self._sent = [row for row, real in enumerate(td[RESPONSE_MASK].any(-1).tolist()) if real]
-        completions = response_texts(
-            td, self.tokenizer, self._sent, skip_special_tokens=self.skip_special_tokens
-        )
+        completions = response_texts(td, self.tokenizer, self._sent, skip_special_tokens=self.skip_special_tokens)
         texts, columns = self._from_prompts(td, prompts)
         picked = {name: [column[row] for row in self._sent] for name, column in columns.items()}
         rows = Rows([texts[row] for row in self._sent], completions, picked)
