@@ -248,14 +248,23 @@ class BanditEnv:
 
     def state_dict(self) -> dict[str, Any]:
         """Cursor and seed of the prompt stream, and the terms' statistics by name: tensors and plain values."""
-        return {"stream": self.stream.state_dict(), "rewards": self.rewards.state_dict()}
+        state = {"stream": self.stream.state_dict(), "rewards": self.rewards.state_dict()}
+        at = self.prompts.rendered_at
+        return state if at is None else state | {"rendered_at": at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken.
+        """Go on exactly where `state_dict` was taken. Prompts whose chat template asks for the time are rendered as
+        they were then.
 
         Raises:
             ValueError: the state is of other prompts, or of other terms.
         """
+        prompts = self.prompts.rendered(state.get("rendered_at"))
+        if prompts is not self.prompts:
+            rank, world_size = self.stream.rank, self.stream.world_size
+            self.prompts = self.rewards.prompts = prompts
+            self.stream = PromptStream(prompts, self.stream.seed)
+            self.stream.shard(rank, world_size)
         self.stream.load_state_dict(state["stream"])
         self.rewards.load_state_dict(state["rewards"])
 
