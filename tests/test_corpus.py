@@ -45,11 +45,11 @@ def test_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("none.jsonl", None, "no such file"),
-        ("bad.jsonl", '{"text": "a"}\nnot json', "bad.jsonl:2: must be JSON"),
-        ("key.jsonl", '{"prompt": "a"}', 'key.jsonl:1: must be an object with "text"'),
-        ("kind.jsonl", '{"text": 3}', '"text" must be a string, got int'),
-        ("empty.txt", "\n\n \n", "holds no document"),
+        ("none.jsonl", None, "No such file"),
+        ("bad.jsonl", '{"text": "a"}\nnot json', "bad.jsonl:2: must be one JSON object"),
+        ("key.jsonl", '{"prompt": "a"}', "key.jsonl:1: must have the column 'text', got"),
+        ("kind.jsonl", '{"text": 3}', "'text' must be a text, got int"),
+        ("empty.txt", "\n\n \n", "must hold at least one document"),
         ("lone.jsonl", '{"text": ""}', "at least one row of two tokens"),
     ],
 )

@@ -160,7 +160,7 @@ def test_counts_say_why(folders: dict[str, str], tmp_path: Path) -> None:
     ("line", "says"),
     [
         ("{", "in.jsonl:2: must be one JSON object"),
-        ("[1]", "in.jsonl:2: must be an object with the key 'prompt', got list"),
+        ("[1]", "in.jsonl:2: must be one JSON object, a row with named values, got list"),
         (
             '{"prompt": "a"}',
             "in.jsonl:2: must be an object with the key 'response', got ['prompt']; see --response-key",
@@ -191,7 +191,7 @@ def test_a_bad_line_is_named(
 def test_bad_files_and_models(folders: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         run.score(ScoreOptions(input="no.jsonl", output=str(tmp_path / "out"), reward_model=folders["reward_model"]))
-    with pytest.raises(ValueError, match="must hold at least one line"):
+    with pytest.raises(ValueError, match="must hold at least one row"):
         score(tmp_path, [], reward_model=folders["reward_model"])
     with pytest.raises(ValueError, match="must have the policy's tokenizer"):
         score(tmp_path, rows_of(), policy=folders["policy"], reference=folders["other"])

@@ -76,7 +76,8 @@ class Chats:
             prefilled = False
         more: dict[str, Any] = dict(self.options.chat_template_kwargs)
         if self.rendered_at is not None:
-            more["strftime_now"] = datetime.fromtimestamp(self.rendered_at).strftime
+            now = datetime.fromtimestamp(self.rendered_at)
+            more["strftime_now"] = lambda form: now.strftime(form)
         try:
             return str(
                 self.tokenizer.apply_chat_template(

@@ -105,8 +105,9 @@ def _report(
     )
     if left_out and (options.overlong != "drop" or left_out == len(records.prompts)):
         raise ValueError(
-            f'{told}, the first is {records.places[long[0]]}; raise max_length, leave them out with overlong="drop", or '
-            'cut them to their last tokens with overlong="cut", which lets a chat begin in the middle of a turn'
+            f"{told}, the first is {records.places[long[0]]}; raise max_length, leave them out with "
+            'overlong="drop", or cut them to their last tokens with overlong="cut", which lets a chat begin in the '
+            "middle of a turn"
         )
     what = "left out" if left_out else f"cut to their last {limit}"
     warnings.warn(f"{told} and were {what}; raise max_length to keep them whole", stacklevel=5)

@@ -11,11 +11,11 @@ from typing import Any, Literal
 class ScoreOptions:
     """Score the prompt/response pairs of a file: JSONL, JSON, CSV, TSV, Parquet or Arrow.
 
-    Each row comes back, as a line of JSON, in its place with three numbers more: `reward_model`, the reward model's score; `log_prob`,
-    the log-probability of the response under the policy, or under the reference where no policy is given; `kl`, the
-    log-probability under the policy minus that under the reference, in nats (a one-sample estimate of their KL, which
-    may be negative). A number is null where its model was not given, and where there is no honest score: an empty
-    prompt or response, more tokens than the model's context, a result that is not finite.
+    Each row comes back in its place, as a line of JSON, with three numbers more: `reward_model`, the reward model's
+    score; `log_prob`, the log-probability of the response under the policy, or under the reference where no policy is
+    given; `kl`, the log-probability under the policy minus that under the reference, in nats (a one-sample estimate
+    of their KL, which may be negative). A number is null where its model was not given, and where there is no honest
+    score: an empty prompt or response, more tokens than the model's context, a result that is not finite.
 
     Prompt and response are tokenised apart, as in training, and each model reads them with its own tokenizer.
 

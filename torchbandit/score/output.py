@@ -22,7 +22,7 @@ NOT_JSON = "NaN or infinity in the input, which JSON has not: null"
 
 @contextmanager
 def whole_output(name: str) -> Iterator[TextIO]:
-    """A file that takes its name when the block ends without an error; `-` is stdout, and a pipe is written as it is."""
+    """A file that takes its name when the block ends without an error; `-` is stdout, a pipe is written to."""
     path = Path(name)
     if name == "-":
         yield sys.stdout
