@@ -146,7 +146,8 @@ def test_an_answer_that_is_there_is_never_part_of_the_prompt_unasked(tmp_path: P
 
 def test_a_system_prompt_is_put_where_there_is_none(tmp_path: Path) -> None:
     own = [{"role": "system", "content": "own"}, USER]
-    assert texts(tmp_path, [{"prompt": [USER]}, {"prompt": own}, {"prompt": "hi"}], system_prompt="Be brief.", chat=True) == [
+    rows = [{"prompt": [USER]}, {"prompt": own}, {"prompt": "hi"}]
+    assert texts(tmp_path, rows, system_prompt="Be brief.", chat=True) == [
         "<system>Be brief.<eos><user>2+2?<eos><assistant>",
         "<system>own<eos><user>2+2?<eos><assistant>",
         "<system>Be brief.<eos><user>hi<eos><assistant>",

@@ -20,6 +20,10 @@ OURS = ("tools", "messages", "conversation", "chat_template", "tokenize", "add_g
 """Variables of a template, and arguments beside them, that are set here."""
 
 
+_NOW = re.compile(r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)""")
+"""A template's question for the time, as all write it."""
+
+
 class Chats:
     """Renders those prompts of `records` that are chats.
 
@@ -51,7 +55,7 @@ class Chats:
             if name in OURS or not re.search(rf"\b{re.escape(name)}\b", used):
                 why = "is set by other means" if name in OURS else "the template reads no variable of that name"
                 raise ValueError(f"chat_template_kwargs: {name!r}: {why}; leave it out, or pass another chat_template")
-        if "strftime_now" in used:
+        if _NOW.search(used):
             now = datetime.now().timestamp() if options.rendered_at is None else options.rendered_at
             self.rendered_at = int(now)
         if tools is not None and not re.search(r"\btools\b", used):
@@ -74,15 +78,18 @@ class Chats:
         if prefilled and messages[-1].get("content") == "":  # the beginning of an answer that has not begun
             messages.pop()
             prefilled = False
-        more: dict[str, Any] = dict(self.options.chat_template_kwargs)
+        tools, template = self._tools(i), self.template
         if self.rendered_at is not None:
+            # As text, since a template takes no functions from outside.
             now = datetime.fromtimestamp(self.rendered_at)
-            more["strftime_now"] = lambda form: now.strftime(form)
+            used = self.tokenizer.get_chat_template(self.template, tools)
+            template = _NOW.sub(lambda call: json.dumps(now.strftime(call[2])), used)
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, tools=self._tools(i), chat_template=self.template, tokenize=False,
-                    add_generation_prompt=not prefilled, continue_final_message=prefilled, **more,
+                    messages, tools=tools, chat_template=template, tokenize=False,
+                    add_generation_prompt=not prefilled, continue_final_message=prefilled,
+                    **self.options.chat_template_kwargs,
                 )
             )  # fmt: skip
         except Exception as error:  # a template raises what it likes: of jinja2, TypeError, KeyError
