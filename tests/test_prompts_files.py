@@ -112,7 +112,7 @@ def test_a_prompt_of_a_template(tmp_path: Path) -> None:
     assert PromptSet.from_texts(["a"], chatty(), max_length=9, prompt_template="<{prompt}>").texts() == ["<a>"]
     for template, says in (
         ("{answer}", "names 'answer', and the row has"), ("{choices}", "'choices' is a list; name a part"),
-        ("{question", "cannot be filled"), ("{}", "names|cannot be filled"), ("{choices[1]}", "p.jsonl:2: prompt_template"),
+        ("{question", "cannot be filled"), ("{}", "names|cannot"), ("{choices[1]}", "jsonl:2: prompt_template"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             texts(tmp_path, rows, prompt_template=template)
