@@ -228,7 +228,7 @@ def test_other_formats_and_no_nan(folders: dict[str, str], tmp_path: Path) -> No
         )
         got = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "out").read_text().splitlines()]
         assert [row["reward_model"] for row in got] == pytest.approx([row["reward_model"] for row in want], abs=1e-4)
-    assert got[0]["odd"] == [None] and run.report(counts).endswith("3 lines with NaN or infinity in the input, which JSON has not: null")  # fmt: skip
+    assert got[0]["odd"] == [None] and "3 lines with NaN or infinity in the input" in run.report(counts)
 
 
 def test_stdin_is_scored_in_one_pass(
