@@ -29,6 +29,7 @@ from torchbandit.models import (
     save_value_head,
     stop_ids_of,
 )
+from torchbandit.responses import tell_stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,6 +110,7 @@ class CausalLMPolicy(nn.Module):
             check_embeddings(tokenizer, self.critic, "critic")
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.stop_ids = self.sampling.stop_ids or stop_ids_of(self.lm, tokenizer)
+        tell_stop_ids(tokenizer, self.stop_ids)
         self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
     @property

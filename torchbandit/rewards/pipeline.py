@@ -30,7 +30,7 @@ from torchbandit.batch import (
     require,
 )
 from torchbandit.models.offload import Sleeper
-from torchbandit.responses import any_row, has_stopped, last_token
+from torchbandit.responses import any_row, has_stopped, last_token, stop_ids_told
 from torchbandit.rewards.host import HostReward
 from torchbandit.rewards.model_terms import KLPenalty
 from torchbandit.rewards.normalize import AdaptiveCoefficient, RunningNormalizer
@@ -155,8 +155,8 @@ class RewardPipeline:
             broken = broken | any_row(~td[VALUES].isfinite() & mask)
         if td.get(FINISHED, None) is not None:
             require(td, FINISHED, shape=(rows,), dtype=torch.bool, device=self.device)
-        elif self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            td.set(FINISHED, has_stopped(response, mask, [self.tokenizer.eos_token_id]))
+        elif self.tokenizer is not None and (stops := stop_ids_told(self.tokenizer)):
+            td.set(FINISHED, has_stopped(response, mask, stops))
         elif any(term.missing_eos_penalty is not None for term in self.terms):
             raise ValueError(
                 '"finished": a term has a missing_eos_penalty, but td has no such key and the prompts no tokenizer '

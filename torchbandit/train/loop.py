@@ -11,7 +11,6 @@ import math
 import warnings
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
