@@ -41,9 +41,9 @@ def make_env(constant, num_prompts):
     return BanditEnv(prompts, reward, num_prompts=num_prompts, group_size=G)
 
 
-def refilled(env, reduce=None, max_draws=4, refill=True):
+def refilled(env, reduce=None, max_draws=4, refill=True, algorithm=None):
     draw = EnvDraw(env, answered, answered, Clock(env.device))
-    return collect(env, GRPO(), draw, RefillOptions(refill=refill, max_draws=max_draws), reduce)
+    return collect(env, algorithm or GRPO(), draw, RefillOptions(refill=refill, max_draws=max_draws), reduce)
 
 
 def main(rank: int, world: int, rendezvous: str, out: str) -> None:

@@ -43,13 +43,38 @@ def test_files(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps([{"text": "one", "note": "x"}, {"text": "two", "note": "y"}])),
+        ("a.JSONL", '{"text": "one", "note": "x"}\n{"text": "two", "note": "y"}\n'),
+        ("a.csv", "text,note\none,x\ntwo,y\n"),
+        ("a.tsv", "text\tnote\r\none\tx\r\ntwo\ty\r\n"),
+    ],
+)
+def test_documents_are_a_column_of_any_format(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    for key, want in (("text", ["one<eos>", "two<eos>"]), ("note", ["x<eos>", "y<eos>"])):
+        corpus = Corpus.from_file(tmp_path / name, byte_tokenizer(), key=key)
+        assert byte_tokenizer().batch_decode(corpus.ids) == want
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    lines = [{"text": "first\u2028second"}, {"text": "a\u0085b"}, {"text": "plain"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    assert len(Corpus.from_file(tmp_path / "a.jsonl", byte_tokenizer())) == 3
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": "x \\ud83d"}\n')
+    with pytest.raises(ValueError, match="b.jsonl:2: 'text' holds half a character"):
+        Corpus.from_file(tmp_path / "b.jsonl", byte_tokenizer())
+
+
+@pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("none.jsonl", None, "no such file"),
-        ("bad.jsonl", '{"text": "a"}\nnot json', "bad.jsonl:2: must be JSON"),
-        ("key.jsonl", '{"prompt": "a"}', 'key.jsonl:1: must be an object with "text"'),
-        ("kind.jsonl", '{"text": 3}', '"text" must be a string, got int'),
-        ("empty.txt", "\n\n \n", "holds no document"),
+        ("none.jsonl", None, "No such file"),
+        ("bad.jsonl", '{"text": "a"}\nnot json', "bad.jsonl:2: must be one JSON object"),
+        ("key.jsonl", '{"prompt": "a"}', "key.jsonl:1: must have the column 'text', got"),
+        ("kind.jsonl", '{"text": 3}', "'text' must be a text, got int"),
+        ("empty.txt", "\n\n \n", "must hold at least one document"),
         ("lone.jsonl", '{"text": ""}', "at least one row of two tokens"),
     ],
 )

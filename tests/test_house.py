@@ -13,8 +13,8 @@ from torchbandit.learn import ALGORITHMS
 
 ROOT = Path(torchbandit.__file__).parent
 FLOORS = (  # from the ground up; a file may import from lower floors, and from its own folder
-    {"batch", "clock", "demo", "__version__"},
-    {"responses"},
+    {"batch", "clock", "demo", "read", "__version__"},
+    {"responses", "texts"},
     {"masters", "models", "losses"},
     {"prompts"},
     {"scoring", "generation", "corpus"},
@@ -36,6 +36,8 @@ HOME = {  # a third party, and the only places that may import it when they run
     "torchrl": {"adapters/torchrl", "bench"},
     "trl": {"adapters/trl", "bench"},
     "vllm": {"adapters/vllm"},
+    "datasets": {"read/arrow", "bench"},
+    "pyarrow": {"read/arrow"},
     "numpy": {"rllib", "adapters", "bench"},
     "jsonargparse": {"commands"},
     "yaml": {"commands", "bench/peers"},

@@ -16,8 +16,7 @@ CLOSE = dict(rtol=1e-9, atol=1e-11)
 
 
 def counted(targets, extra=()):
-    mask = sum((list(part["learn_mask"]) for part in (targets, *extra)), [])
-    mask = torch.stack(mask)
+    mask = torch.cat([part["learn_mask"] for part in (targets, *extra)])
     return {"tokens": mask.sum().double().clamp(min=1), "rows": mask.any(-1).sum().double().clamp(min=1)}
 
 

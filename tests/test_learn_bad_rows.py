@@ -95,6 +95,15 @@ def test_a_constant_group_has_no_gradient_at_all(name):
     assert (grad[0, G : 2 * G] == 0).all() and grad.abs().max() > 0
 
 
+def test_a_batch_of_constant_groups_teaches_nothing_with_a_baseline():
+    """Not even a rounding, which whitening would blow up and Adam make a whole step of."""
+    for name in ("reinforce++-baseline", "grpo", "rloo"):
+        td = stepped(4).apply(lambda x: x.float() if x.is_floating_point() else x)
+        td["next", "reward"] = torch.tensor([0.3, 0.7, 1.1, 1.9]).repeat_interleave(G)[:, None]
+        td["next", "reward"][0], td["next", "unscorable"] = torch.nan, torch.arange(len(td)) == 0
+        assert (ALGORITHMS[name]().targets(td, group_size=G, reduce=None)["advantages"] == 0).all(), name
+
+
 @pytest.mark.parametrize("algorithm", [GRPO(), GRPO(dual_clip=3.0), GRPO(ratio="response"), CISPO(), RLOO()], ids=repr)
 @pytest.mark.parametrize("drift", [90.0, -90.0])
 def test_a_log_ratio_of_90_leaves_loss_and_gradient_finite(algorithm, drift):
@@ -119,7 +128,7 @@ def test_a_weight_that_is_none_leaves_its_row_out(bad):
     new = torch.randn(3, 4, generator=gen).requires_grad_()
     mask, weights = torch.ones(3, 4).bool(), torch.ones(3, 4)
     weights[1, 2] = bad
-    loss, metrics = losses.policy_loss(new, new.detach(), torch.ones(3), mask, weights=weights)
+    loss, _ = losses.policy_loss(new, new.detach(), torch.ones(3), mask, weights=weights)
     right, _ = losses.policy_loss(new[[0, 2]], new.detach()[[0, 2]], torch.ones(2), mask[[0, 2]])
     assert_close(loss, right)
     (grad,) = torch.autograd.grad(loss, new)

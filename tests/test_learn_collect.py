@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from torchbandit.env import BanditEnv
 from torchbandit.generation import Sampling
-from torchbandit.learn import DAPO, RLOO, ReMax
+from torchbandit.learn import DAPO, GRPO, RLOO, ReMax
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.prompts import PromptSet
 from torchbandit.rewards import KLPenalty, RewardTerm
@@ -54,6 +54,18 @@ def test_a_batch_that_cannot_be_filled_keeps_constant_groups_masked():
 def test_without_refill_there_is_one_draw_and_nothing_is_masked():
     td, metrics = refilled(make_env({0, 2}, 4), refill=False)
     assert groups(td) == [0, 1, 2, 3] and "learn_mask" not in td.keys() and not refill_metrics(metrics)
+
+
+def test_refill_keeps_to_the_mask_of_the_algorithm_s_own_collect():
+    class SkipsFirst(GRPO):
+        def collect(self, draw):
+            td = draw()
+            td["learn_mask"] = td["masks", "response"] & (torch.arange(2) > 0)
+            return td
+
+    for constant in ((), {0, 2}):
+        td, _ = refilled(make_env(constant, 4), algorithm=SkipsFirst())
+        assert td["learn_mask"].tolist() == [[False, True]] * 8
 
 
 def test_one_copy_to_the_host_a_draw_and_none_without_refill():
@@ -152,6 +164,7 @@ def test_remax_s_greedy_rows_leave_no_trace():
     assert str(states[0]) == str(states[1]) and states[0]["rewards"]
     assert torch.equal(plain.policy.generator.get_state(), remax.policy.generator.get_state())
     assert plain.env.rewards.kl_coef == remax.env.rewards.kl_coef != 0.1
+    assert plain.env.packing_metrics == remax.env.packing_metrics != {}
 
 
 def test_remax_s_baseline_is_the_greedy_response_s_reward():

@@ -565,7 +565,7 @@ BAD: dict[str, tuple[Callable[[BanditConfig, dict[str, str]], Any], str]] = {
     "minibatch above the batch": (lambda c, p: c.training(minibatch_size=17), "minibatch_size: must divide the 16"),
     "minibatch above a given batch": (
         lambda c, p: c.training(minibatch_size=32, train_batch_size_per_learner=16),
-        "minibatch_size: must be at most train_batch_size_per_learner=16, got 32",
+        "minibatch_size: must divide the 16 rows of a learner.*got 32",
     ),
     "ragged minibatches": (lambda c, p: c.training(minibatch_size=6), "must divide the 16 rows of a learner"),
     "ragged batch": (

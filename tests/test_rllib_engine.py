@@ -98,7 +98,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(own: list[str], tmp_path: Pat
     more = engine(own, out, done + 2, "2/2" if places == "2/1" else places)
     assert main([*more, "--resume", "--extend"]) == 0
     assert [line["step"] for line in lines(out)] == list(range(1, done + 3))
-    assert {path.name for path in out.iterdir()} == FILES
+    assert {path.name for path in out.iterdir()} == FILES | {f"checkpoint.step{done}"}
 
 
 @pytest.mark.slow

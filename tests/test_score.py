@@ -160,7 +160,7 @@ def test_counts_say_why(folders: dict[str, str], tmp_path: Path) -> None:
     ("line", "says"),
     [
         ("{", "in.jsonl:2: must be one JSON object"),
-        ("[1]", "in.jsonl:2: must be an object with the key 'prompt', got list"),
+        ("[1]", "in.jsonl:2: must be one JSON object, a row with named values, got list"),
         (
             '{"prompt": "a"}',
             "in.jsonl:2: must be an object with the key 'response', got ['prompt']; see --response-key",
@@ -188,10 +188,68 @@ def test_a_bad_line_is_named(
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (r'{"prompt": "a", "response": "x \ud83d"}', "in.jsonl:2: 'the row' holds half a character"),
+        (r'{"prompt": "a", "response": "x", "note": ["\ud83d"]}', "in.jsonl:2: 'the row' holds half a character"),
+        ('{"prompt": "a", "response": "x", "kl": 1}', "in.jsonl:2: has the key 'kl', which the score is written to"),
+        ('{"prompt": "a", "response": "x"', "in.jsonl:2: must be one JSON object in UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("once", [False, True])
+def test_an_input_that_breaks_off_leaves_no_output(
+    line: str, says: str, once: bool, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "is_stream", lambda source: once)
+    monkeypatch.setattr(run, "WINDOW", 1)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")
+    (tmp_path / "out.jsonl").write_text("of before")
+    options = ScoreOptions(
+        input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out.jsonl"), reward_model=folders["reward_model"],
+        batch_size=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError) as refused:
+        run.score(options)
+    assert says in str(refused.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert (tmp_path / "out.jsonl").read_text() == "of before"
+
+
+def test_other_formats_and_no_nan(folders: dict[str, str], tmp_path: Path) -> None:
+    want = score(tmp_path, rows_of(PAIRS[:3]), reward_model=folders["reward_model"])
+    (tmp_path / "in.csv").write_text(
+        "prompt,response,id\n" + "".join(f'"{p}","{r}",{i}\n' for i, (p, r) in enumerate(PAIRS[:3]))
+    )
+    (tmp_path / "in.json").write_text(json.dumps([row | {"odd": [float("nan")]} for row in rows_of(PAIRS[:3])]))
+    for name in ("in.csv", "in.json"):
+        counts = run.score(
+            ScoreOptions(input=str(tmp_path / name), output=str(tmp_path / "out"), reward_model=folders["reward_model"])
+        )
+        got = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "out").read_text().splitlines()]
+        assert [row["reward_model"] for row in got] == pytest.approx([row["reward_model"] for row in want], abs=1e-4)
+    assert got[0]["odd"] == [None] and "3 lines with NaN or infinity in the input" in run.report(counts)
+
+
+def test_stdin_is_scored_in_one_pass(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import io
+    import sys
+
+    content = "".join(json.dumps(row) + "\n" for row in rows_of(PAIRS[:3]))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    assert cli.main(["score", "--input", "-", "--output", "-", "--reward-model", folders["reward_model"]]) == 0
+    got = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["id"] for row in got] == [0, 1, 2] and all(row["reward_model"] is not None for row in got)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert cli.main(["score", "--input", "-", "--output", "-", "--reward-model", folders["reward_model"]]) == 2
+
+
 def test_bad_files_and_models(folders: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         run.score(ScoreOptions(input="no.jsonl", output=str(tmp_path / "out"), reward_model=folders["reward_model"]))
-    with pytest.raises(ValueError, match="must hold at least one line"):
+    with pytest.raises(ValueError, match="must hold at least one row"):
         score(tmp_path, [], reward_model=folders["reward_model"])
     with pytest.raises(ValueError, match="must have the policy's tokenizer"):
         score(tmp_path, rows_of(), policy=folders["policy"], reference=folders["other"])

@@ -79,11 +79,11 @@ def test_both_ways_are_plain_attention(
         how = (line.causal, 0.3, line.window)
         where = [*line.starts, *(line.longest if blocks else ())]
         way = varlen_blocks if blocks else varlen_cpu
-        out, lse = way.forward(*line.given(dtype), *where, *how)  # type: ignore[attr-defined]
+        out, lse = way.forward(*line.given(dtype), *where, *how)
         assert out.dtype == lse.dtype == dtype and out.is_contiguous() and lse.is_contiguous()
         torch.testing.assert_close(out, line.out.to(dtype), **exact)
         torch.testing.assert_close(lse, line.lse.to(dtype), **exact)
-        grads = way.backward(line.grad.to(dtype), *line.given(dtype), out, lse, *where, *how)  # type: ignore[attr-defined]
+        grads = way.backward(line.grad.to(dtype), *line.given(dtype), out, lse, *where, *how)
         for got, want in zip(grads, line.grads, strict=True):
             torch.testing.assert_close(got, want.to(dtype), **exact)
 

@@ -215,7 +215,7 @@ def test_a_second_signal_stops_at_once(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "run"
     twice = "[os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]; time.sleep(60)"
     assert runs(out, first=in_step(3, twice)) == 143
-    assert "interrupted by SIGTERM; the last checkpoint is whole" in runs.said(out)
+    assert "error: interrupted by SIGTERM; what was saved before is whole, --resume goes on there" in runs.said(out)
     assert step_of(out / "checkpoint") == 1 and not (out / "run.lock").exists()
 
 
@@ -224,7 +224,7 @@ def test_a_signal_before_the_first_step_stops_at_once(runs: Runs, tmp_path: Path
     first = "import os, signal\nfrom torchbandit.train import build\n"
     first += "build.build_env = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
     assert runs(out, first=first) == 143
-    assert "error: interrupted by SIGTERM\n" in runs.said(out) and not list(out.iterdir())
+    assert "error: interrupted by SIGTERM; what" in runs.said(out) and not list(out.iterdir())
 
 
 def test_signals_that_are_to_be_ignored_stay_so() -> None:
@@ -238,6 +238,17 @@ def test_signals_that_are_to_be_ignored_stay_so() -> None:
             assert seen == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGHUP, former)
+
+
+def test_the_signal_is_told_whatever_has_caught_it() -> None:
+    """Ray's own code, in which the handler may run, raises a KeyboardInterrupt of its own instead."""
+    with pytest.raises(StoppedAtOnce, match="by SIGTERM") as stopped, stop_signals(patient=False):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        except StoppedAtOnce:
+            raise KeyboardInterrupt from None
+    assert stopped.value.number == signal.SIGTERM
 
 
 def test_a_launcher_that_hands_a_signal_on_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,6 +542,30 @@ def test_the_rllib_engine_survives_too(runs: Runs, tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4] and metrics(out) == metrics(straight)
     one, other = (load_file(path / "policy/model.safetensors") for path in (out, straight))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_rllib_takes_a_failed_batch_again(tmp_path: Path) -> None:
+    """A reward that fails has drawn prompts and tokens; undone, the next iteration is that of a run without it."""
+    pytest.importorskip("ray", reason="the rllib extra is not installed")
+    from rllib_toy import make_models, toy_config
+
+    policy = make_models(tmp_path)["policy"]
+    rewards = []
+    for fails in (True, False):
+        algo = toy_config(policy).build_algo()
+        assert not algo.undo_sampling(), "nothing was tried yet"
+        algo.train()
+        assert not algo.undo_sampling(), "it has learnt"
+        runner = algo.env_runner_group.local_env_runner
+        if fails:
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception, match="broken"):
+                patch.setattr(runner.env, "step", lambda td: (_ for _ in ()).throw(ValueError("broken")))
+                algo.train()
+            assert algo.undo_sampling()
+        rewards.append(algo.train()["env_runners"]["reward"])
+        algo.stop()
+    assert rewards[0] == rewards[1]
 
 
 RAY_TERM = """

@@ -93,6 +93,11 @@ def masked_whiten(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None, eps:
     return torch.where(mask, centred * torch.rsqrt(squares / count + eps), x.new_zeros(()))
 
 
+def longer_than(limit: int, prompt_mask: Tensor, response_mask: Tensor) -> Tensor:
+    """[B] bool: rows of more real tokens than `limit`, from [B, P] and [B, T] bool."""
+    return prompt_mask.sum(1) + response_mask.sum(1) > limit
+
+
 def show(key: Key) -> str:
     """A key as users write it: `("masks","response")`."""
     return f'"{key}"' if isinstance(key, str) else "(" + ",".join(f'"{part}"' for part in key) + ")"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchbandit.prompts import PromptStream
+from torchbandit.read import check_text, rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,27 +64,35 @@ class Corpus:
         return cls(table.view(len(rows), width).to(device), mask.view(len(rows), width).to(device), seed=seed)
 
     @classmethod
-    def from_file(cls, path: str | Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Corpus:
-        """Read `.jsonl` (a document a line, under "text") or plain text (documents parted by blank lines).
+    def from_file(
+        cls,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        key: str = "text",
+        option: str = "ptx_data",
+        **options: Any,
+    ) -> Corpus:
+        """Read the documents of a file, folder, glob or dataset (see `read.rows`).
 
         Args:
+            key: the column of the text. A text file has none; its documents are parted by blank lines.
+            option: what the user calls the path, for messages.
             options: max_length, seed, device, as in `from_texts`.
         Raises:
-            ValueError: the file is missing, empty, or a line (named by its number) is not what it must be.
+            ValueError: the file is missing, empty, or a row (named by its line) is not what it must be.
         """
-        path = Path(path)
-        try:
-            content = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ValueError(f"ptx data: no such file: {path}; give a .jsonl or text file") from None
-        except (UnicodeDecodeError, IsADirectoryError):
-            raise ValueError(f"ptx data: must be a UTF-8 text file, got {path}") from None
-        if path.suffix == ".jsonl":
-            texts = [_document(line, path, n) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
-        else:
-            texts = [text for text in content.split("\n\n") if text.strip()]
+        texts: list[str] = []
+        for where, values in rows(path, option=option, key=key, documents=True):
+            if key not in values:
+                raise ValueError(f"{where}: must have the column {key!r}, got {list(values)}; see ptx_key")
+            text = values[key]
+            if not isinstance(text, str):
+                raise ValueError(f"{where}: {key!r} must be a text, got {type(text).__name__}; see ptx_key")
+            check_text(text, where, key)
+            texts.append(str(text))
         if not texts:
-            raise ValueError(f"ptx data: {path} holds no document")
+            raise ValueError(f"{path}: must hold at least one document, got none; check {option}")
         return cls.from_texts(texts, tokenizer, **options)
 
     def __len__(self) -> int:
@@ -108,15 +116,3 @@ class Corpus:
         if state["rows"] != len(self.ids):
             raise ValueError(f"corpus: the state is of {state['rows']} rows, this corpus has {len(self.ids)}")
         self._stream.load_state_dict(state["stream"])
-
-
-def _document(line: str, path: Path, number: int) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{number}: must be JSON, got {line[:40]!r} ({error.msg})") from None
-    except (KeyError, TypeError):
-        raise ValueError(f'{path}:{number}: must be an object with "text", got {line[:40]!r}') from None
-    if not isinstance(text, str):
-        raise ValueError(f'{path}:{number}: "text" must be a string, got {type(text).__name__}')
-    return text

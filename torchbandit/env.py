@@ -17,7 +17,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchbandit import batch
 from torchbandit.batch import Key, Reduce, require
 from torchbandit.prompts import PromptSet, PromptStream
-from torchbandit.responses import has_stopped
+from torchbandit.responses import has_stopped, stop_ids_told
 from torchbandit.rewards import RewardPipeline, RewardTerm
 from torchbandit.rewards.term import TermFn
 from torchbandit.scoring import Plan, make_plan
@@ -45,6 +45,8 @@ class BanditEnv:
         seed: of the permutations. No global generator is read or changed.
         packing: how models score: "auto" packs where model and device allow, False keeps rows padded and makes
             no copy to the host at all.
+        stop_ids: ids that end a response, where a batch has no `finished`; None takes those of the policy that was
+            built with this tokenizer, or the tokenizer's eos.
     Raises:
         ValueError: a count is below 1, `num_prompts > len(prompts)`, or two terms share a name.
     """
@@ -59,6 +61,7 @@ class BanditEnv:
         device: str | torch.device = "cpu",
         seed: int = 0,
         packing: Packing = "auto",
+        stop_ids: Sequence[int] | None = None,
     ) -> None:
         for name, count in (("num_prompts", num_prompts), ("group_size", group_size)):
             if count < 1:
@@ -80,14 +83,18 @@ class BanditEnv:
         )
         self.packing_metrics: dict[str, float] = {}
         """How the models' rows were laid out in the last step: tokens, padding and sharing."""
-        eos = self.prompts.tokenizer.eos_token_id
         self._handed_out: tuple[tuple[weakref.ref[torch.Tensor], int], ...] = ()
-        self._eos_ids = torch.tensor([] if eos is None else [eos], dtype=torch.int64, device=self.device)
+        self._stop_ids = None if stop_ids is None else tuple(stop_ids)
 
     @property
     def batch_size(self) -> int:
         """Rows of a batch: num_prompts * group_size."""
         return self.num_prompts * self.group_size
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a response, where a batch has no `finished`."""
+        return stop_ids_told(self.prompts.tokenizer) if self._stop_ids is None else self._stop_ids
 
     def reset(self) -> TensorDict:
         """Draw the next `num_prompts` prompts, each `group_size` times.
@@ -140,7 +147,8 @@ class BanditEnv:
 
         Args:
             td: what `reset` returned, plus ("tokens","response") [B, T] int64 and ("masks","response") [B, T]
-                bool; `finished` [B] bool (absent: a row is finished where the tokenizer's eos stands);
+                bool; `finished` [B] bool (absent: a row is finished where it ends with one
+                of `stop_ids`);
                 ("log_probs","response") [B, T] float32 if a KL term is there; `temperature` [B] float32
                 (absent: 1). Any B will do. It is left as it was.
         Returns:
@@ -153,7 +161,7 @@ class BanditEnv:
         out = td.copy()
         mask = self._check(td)
         if td.get(batch.FINISHED, None) is None:
-            out.set(batch.FINISHED, has_stopped(td[batch.RESPONSE], mask, self._eos_ids))
+            out.set(batch.FINISHED, has_stopped(td[batch.RESPONSE], mask, self.stop_ids))
         plan: Plan | None = None
 
         def plan_once() -> Plan:
@@ -240,14 +248,23 @@ class BanditEnv:
 
     def state_dict(self) -> dict[str, Any]:
         """Cursor and seed of the prompt stream, and the terms' statistics by name: tensors and plain values."""
-        return {"stream": self.stream.state_dict(), "rewards": self.rewards.state_dict()}
+        state = {"stream": self.stream.state_dict(), "rewards": self.rewards.state_dict()}
+        at = self.prompts.rendered_at
+        return state if at is None else state | {"rendered_at": at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken.
+        """Go on exactly where `state_dict` was taken. Prompts whose chat template asks for the time are rendered as
+        they were then.
 
         Raises:
             ValueError: the state is of other prompts, or of other terms.
         """
+        prompts = self.prompts.rendered(state.get("rendered_at"))
+        if prompts is not self.prompts:
+            rank, world_size = self.stream.rank, self.stream.world_size
+            self.prompts = self.rewards.prompts = prompts
+            self.stream = PromptStream(prompts, self.stream.seed)
+            self.stream.shard(rank, world_size)
         self.stream.load_state_dict(state["stream"])
         self.rewards.load_state_dict(state["rewards"])
 

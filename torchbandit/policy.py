@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import safetensors.torch
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
@@ -16,13 +15,21 @@ from torchbandit import batch, scoring
 from torchbandit.generation import Sampling, generate
 from torchbandit.models import (
     ModelLike,
+    ModelSpec,
+    check_embeddings,
     check_same_tokenizer,
+    context_length,
+    keep_steady,
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
-    quiet_bars,
+    load_value_head,
+    num_ids,
+    save_model,
+    save_value_head,
     stop_ids_of,
 )
+from torchbandit.responses import tell_stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,8 +52,9 @@ class CausalLMPolicy(nn.Module):
         model: hub id, folder, `ModelSpec` or live model.
         tokenizer: None takes the one beside the model.
         sampling: how responses are drawn; its stop ids default to the tokenizer's and the model's eos.
-        critic: None, "head" (a linear value head on the backbone) or a model of its own (a one-label sequence
-            classifier, usually the reward model's weights).
+        critic: None, "head" (a linear value head on the backbone; the one that `save_pretrained` left in the model's
+            folder, or a new one of zeros) or a model of its own (a one-label sequence classifier, usually the reward
+            model's weights).
         device, dtype: where and in what precision; "auto" is bfloat16 on CUDA, float32 on a CPU.
         seed: of the policy's own generator, from which every token is drawn.
     Raises:
@@ -75,22 +83,34 @@ class CausalLMPolicy(nn.Module):
             tokenizer = load_tokenizer(model)  # type: ignore[arg-type]
         else:
             check_same_tokenizer(tokenizer, model, "policy")
+        check_embeddings(tokenizer, self.lm, "policy")
         self.tokenizer = tokenizer
-        self.sampling = Sampling() if sampling is None else sampling
+        sampling = Sampling() if sampling is None else sampling
+        if sampling.num_ids is None:
+            sampling = dataclasses.replace(sampling, num_ids=num_ids(tokenizer))
+        self.sampling = sampling
         self.packing = packing
         self.value_head: nn.Linear | None = None
         self.critic: PreTrainedModel | None = None
         if isinstance(critic, str) and critic == "head":
             # Zero weights: the first values are 0 and do not steer the first advantages.
-            self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1, device=self.device)
+            size = getattr(self.lm.config.get_text_config(), "hidden_size", None)
+            if not isinstance(size, int):
+                raise ValueError(f"critic: {type(self.lm).__name__} must say its hidden_size to carry a value head, got "
+                                 f"{size}; name a critic model of its own")  # fmt: skip
+            self.value_head = nn.Linear(size, 1, device=self.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+            if isinstance(model, (str, Path, ModelSpec)):
+                load_value_head(model, self.value_head)
             self.value_head.requires_grad_(trainable)
         elif critic is not None:
             check_same_tokenizer(tokenizer, critic, "critic")
             self.critic = load_reward_model(critic, self.device, dtype=dtype, trainable=trainable)
+            check_embeddings(tokenizer, self.critic, "critic")
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.stop_ids = self.sampling.stop_ids or stop_ids_of(self.lm, tokenizer)
+        tell_stop_ids(tokenizer, self.stop_ids)
         self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
     @property
@@ -119,9 +139,7 @@ class CausalLMPolicy(nn.Module):
             td's keys and ("tokens"|"masks"|"log_probs","response") [B, T], finished [B], temperature [B] and, with
             a critic, values [B, T]; T = sampling.max_new_tokens. td is left as it was.
         """
-        for scored in (self.lm, self.critic):
-            if scored is not None:
-                scoring.prepare(scored)  # the first time; here, and not at building, where RLlib allows no forward pass
+        self._ready()
         sampling = dataclasses.replace(self.sampling, temperature=0.0) if greedy else self.sampling
         siblings = _siblings(td) if group_size is None else group_size
         made = generate(
@@ -154,9 +172,18 @@ class CausalLMPolicy(nn.Module):
         """
         if not self.has_critic:
             raise ValueError('values: this policy has no critic; build it with critic="head" or critic=<model>')
+        self._ready()
         plan = self.plans([td], group_size=group_size)[0].rows
-        model, head = (self.lm, self.value_head) if self.critic is None else (self.critic, None)
-        return scoring.token_values(model, *_rows(td), plan=plan, value_head=head)
+        return self._values(td, plan)
+
+    def _values(self, td: TensorDictBase, plan: scoring.Plan) -> Tensor:
+        if self.critic is None:
+            return scoring.token_values(self.lm, *_rows(td), plan=plan, value_head=self.value_head)
+        mask, limit = td[batch.RESPONSE_MASK], context_length(self.critic)
+        values = scoring.token_values(self.critic, *_rows(td), plan=plan)
+        if limit is None or mask.shape[1] + td[batch.PROMPT_MASK].shape[1] <= limit:
+            return values
+        return values.masked_fill(batch.longer_than(limit, td[batch.PROMPT_MASK], mask)[:, None] & mask, torch.nan)
 
     def forward(
         self,
@@ -180,6 +207,7 @@ class CausalLMPolicy(nn.Module):
             batch_size []: log_probs [B, T] float32 (0 outside the mask), entropy [B, T] on request, values [B, T]
             with a critic, and with ptx_ids ptx_loss (mean token cross-entropy) and ptx_tokens, scalars.
         """
+        self._ready()
         plans = self.plans([td], [ptx_mask], group_size=group_size)[0] if plans is None else plans
         temperature = td.get(batch.TEMPERATURE, None)
         scores = scoring.token_scores(
@@ -196,7 +224,7 @@ class CausalLMPolicy(nn.Module):
         if scores.values is not None:
             out["values"] = scores.values
         elif self.critic is not None:
-            out["values"] = scoring.token_values(self.critic, *_rows(td), plan=plans.rows)
+            out["values"] = self._values(td, plans.rows)
         if ptx_ids is not None:
             if ptx_mask is None:
                 raise ValueError("ptx_mask: must be bool [M, L] beside ptx_ids, got None")
@@ -237,27 +265,39 @@ class CausalLMPolicy(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
-        for model in (self.lm, self.critic):
-            if model is not None:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-                # transformers recomputes in train mode only; every dropout is at 0, so nothing else changes.
-                model.train()
+        for model in self._models():
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            keep_steady(model)
+
+    def train(self, mode: bool = True) -> CausalLMPolicy:
+        """Set the policy's own flag; its models stay in eval mode, which two forward passes need to agree."""
+        super().train(False)
+        self.training = mode
+        return self
+
+    def _models(self) -> list[PreTrainedModel]:
+        return [model for model in (self.lm, self.critic) if model is not None]
+
+    def _ready(self) -> None:
+        """What must be so before a model runs. At building it could not be: RLlib allows no forward pass there."""
+        for model in self._models():
+            scoring.prepare(model)  # tries the model on a few tokens, the first time
+            keep_steady(model)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a folder that `AutoModelForCausalLM.from_pretrained` opens, tokenizer included.
+        """Write a folder that `CausalLMPolicy` and `AutoModelForCausalLM.from_pretrained` open, tokenizer included.
 
-        A value head goes into `value_head.safetensors` beside it, a critic of its own into `critic/`.
+        Of a policy with a PEFT adapter the adapter is written, in peft's format, over its base by name. A value head
+        goes into `value_head.safetensors` beside the model, where `critic="head"` finds it; a critic of its own into
+        `critic/`, to be opened with `critic="<directory>/critic"`.
         """
         directory = Path(directory)
-        with quiet_bars():
-            self.lm.save_pretrained(directory)
+        save_model(self.lm, directory)
         self.tokenizer.save_pretrained(directory)
         if self.value_head is not None:
-            state = {name: weight.contiguous() for name, weight in self.value_head.state_dict().items()}
-            safetensors.torch.save_file(state, directory / "value_head.safetensors")
+            save_value_head(self.value_head, directory)
         if self.critic is not None:
-            with quiet_bars():
-                self.critic.save_pretrained(directory / "critic")
+            save_model(self.critic, directory / "critic")
             self.tokenizer.save_pretrained(directory / "critic")
 
 

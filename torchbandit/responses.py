@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def stop_ids_told(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a response, where neither `finished` nor an argument says it: those at which the policy stops that
+    was built with this tokenizer, or else the tokenizer's eos.
+
+    A tokenizer knows one eos; models with several (of their generation config) end responses with any of them.
+    """
+    told: tuple[int, ...] | None = getattr(tokenizer, _TOLD, None)
+    if told is not None:
+        return told
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return () if eos is None else (int(eos),)
+
+
+def tell_stop_ids(tokenizer: Any, stop_ids: Sequence[int]) -> None:
+    """Let all that reads responses in this tokenizer's ids know where its policy stops."""
+    setattr(tokenizer, _TOLD, tuple(stop_ids))
+
+
+_TOLD = "_torchbandit_stops"
 
 
 def is_stop(tokens: Tensor, stop_ids: Sequence[int] | Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class BanditTorchRLEnv(EnvBase):
     """One env a row of the batch; every episode is one step long.
 
     The action is ("tokens","response"). What else a policy writes is used where it is there: the response's mask
-    (absent: up to the tokenizer's eos), `finished`, `temperature`, and the log-probs that a KL term needs. An
+    (absent: up to one of the env's `stop_ids`), `finished`, `temperature`, and the log-probs that a KL term needs. An
     unscorable row has a NaN reward.
 
     Args:
@@ -46,8 +46,6 @@ class BanditTorchRLEnv(EnvBase):
         super().__init__(device=env.device, batch_size=torch.Size([env.batch_size]))
         self.bandit = env
         B, P, T = env.batch_size, env.prompts.width, max_new_tokens
-        eos = env.prompts.tokenizer.eos_token_id
-        self._stop_ids = [] if eos is None else [eos]
         vocabulary = max(env.prompts.tokenizer.get_vocab().values()) + 1
         where: dict[str, Any] = {"device": env.device}
         whole: dict[str, Any] = {"shape": (B,), **where}
@@ -75,7 +73,7 @@ class BanditTorchRLEnv(EnvBase):
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         td = tensordict.copy().exclude("next")  # a copy of the nested parts too: the input stays as it was
         if td.get(batch.RESPONSE_MASK, None) is None:
-            td.set(batch.RESPONSE_MASK, stop_mask(td[batch.RESPONSE], self._stop_ids))
+            td.set(batch.RESPONSE_MASK, stop_mask(td[batch.RESPONSE], self.bandit.stop_ids))
         following = self.bandit.step(td)["next"]
         out = tensordict.select(*self.observation_spec.keys(True, True))
         return out.update(following.select("reward", "done", "terminated", "truncated"))

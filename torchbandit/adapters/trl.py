@@ -6,7 +6,6 @@ them, scores it with a `RewardPipeline` on the device, and hands the rewards bac
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from tensordict import TensorDict
 
 from torchbandit import batch
 from torchbandit.prompts import PromptSet
-from torchbandit.responses import has_stopped
+from torchbandit.responses import has_stopped, stop_ids_told
 from torchbandit.rewards import KLPenalty, RewardPipeline, RewardTerm
 from torchbandit.rewards.term import TermFn
 from torchbandit.scoring import make_plan
@@ -35,6 +34,8 @@ class TRLReward:
         device: where the terms run; models named by path load there.
         max_prompt_length: longer prompts keep their end.
         name: under which TRL logs it.
+        stop_ids: ids that end a completion, as the eos ids of the model's generation config; None takes those of a
+            policy that was built with this tokenizer, or the tokenizer's eos.
     Raises:
         ValueError: a term is a KLPenalty, or not a term.
     """
@@ -47,11 +48,13 @@ class TRLReward:
         device: str | torch.device = "cpu",
         max_prompt_length: int = 4096,
         name: str = "torchbandit",
+        stop_ids: Sequence[int] | None = None,
     ) -> None:
         self.pipeline = RewardPipeline(reward, device=device, tokenizer=tokenizer)
         if any(isinstance(term, KLPenalty) for term in self.pipeline.terms):
             raise ValueError("reward: TRL has a KL penalty of its own and hands no log-probs to a reward; set its beta")
         self.tokenizer, self.max_prompt_length = tokenizer, max_prompt_length
+        self.stop_ids = None if stop_ids is None else tuple(stop_ids)
         self.__name__ = name
 
     def __call__(
@@ -68,20 +71,20 @@ class TRLReward:
             one float a completion, None where there is no honest score.
         """
         device, rows = self.pipeline.device, len(prompts)
-        columns = {name: list(column) for name, column in given.items() if _is_column(column, rows)}
+        columns = {name: list(column) for name, column in given.items() if _is_column(name, column, rows)}
         table = PromptSet.from_texts(
-            list(prompts), self.tokenizer, max_length=self.max_prompt_length, columns=columns
+            list(prompts), self.tokenizer, max_length=self.max_prompt_length, columns=columns, overlong="cut"
         ).to(device)
         row = torch.arange(rows, device=device)
         ids, mask, tensors = table.gather(row)
         response, response_mask = _padded(completion_ids, device)
-        eos = self.tokenizer.eos_token_id
+        stops = stop_ids_told(self.tokenizer) if self.stop_ids is None else self.stop_ids
         source: dict[str, Any] = {
             "tokens": {"prompt": ids, "response": response},
             "masks": {"prompt": mask, "response": response_mask},
             batch.PROMPT_ID: row,
             batch.GROUP_ID: row,
-            batch.FINISHED: has_stopped(response, response_mask, [] if eos is None else [eos]),
+            batch.FINISHED: has_stopped(response, response_mask, stops),
         }
         if tensors is not None:
             source[batch.COLUMNS] = tensors
@@ -96,13 +99,12 @@ class TRLReward:
         self.pipeline.close()
 
 
-def _is_column(value: Any, rows: int) -> bool:
-    """Numbers or strings, one a row: what a PromptSet takes as a column."""
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) == rows
-        and (all(isinstance(x, str) for x in value) or all(isinstance(x, numbers.Real) for x in value))
-    )
+def _is_column(name: str, value: Any, rows: int) -> bool:
+    """One value a row, of any kind: a column of the data set. TRL's own arguments are none, or no lists."""
+    return name not in TRL_OWN and isinstance(value, (list, tuple)) and len(value) == rows
+
+
+TRL_OWN = ("trainer_state", "log_extra", "log_metric", "environments")
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,8 +44,8 @@ def options_class(command: Command) -> type:
     return cls
 
 
-def fail(error: object, code: int) -> int:
+def fail(error: object, code: int, kind: str = "error: ") -> int:
     """Say it on stderr; returns the exit code."""
     with contextlib.suppress(OSError):  # the terminal is gone; the exit code still tells
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{kind}{error}", file=sys.stderr)
     return code

@@ -14,4 +14,4 @@ def run(options: Any) -> int:
     return 0
 
 
-SCORE = Command("Score the prompt/response pairs of a JSONL file.", "torchbandit.score.options:ScoreOptions", run)
+SCORE = Command("Score the prompt/response pairs of a file.", "torchbandit.score.options:ScoreOptions", run)

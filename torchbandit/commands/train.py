@@ -77,7 +77,7 @@ def run(options: Any) -> int:
     try:
         train(options)
     except Interrupted as stopped:
-        return fail(stopped, 128 + stopped.number)
+        return fail(stopped, 128 + stopped.number, "")
     return 0
 
 

@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 
 from torchbandit.generation.cache import LayerShape, Unfit, bytes_per_place, layer_shapes
 from torchbandit.generation.engine import Engine
-from torchbandit.generation.plain import generate_plain
+from torchbandit.generation.plain import generate_plain, require_causal
 from torchbandit.generation.sampling import Generated, Sampling
+from torchbandit.models import evaluating
 
 __all__ = ["Generated", "Sampling", "generate", "record_s", "release"]
 
@@ -67,10 +68,9 @@ def generate(
     """
     _check(model, prompt_ids, prompt_mask, sampling, generator, group_size)
     stops = tuple(stop_ids if sampling.stop_ids is None else sampling.stop_ids)
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
+    with evaluating(model):
+        if model not in _engines and model not in _unfit:
+            require_causal(model)
         if model not in _unfit:
             try:
                 engine = _engine(model, prompt_ids.shape[0], prompt_ids.shape[1], sampling)
@@ -80,9 +80,6 @@ def generate(
                 release(model)
                 warnings.warn(f"generation takes the plain loop: {reason}", stacklevel=3)
         return generate_plain(model, prompt_ids, prompt_mask, sampling, stops, pad_id, generator, group_size)
-    finally:
-        if was_training:
-            model.train()
 
 
 def release(model: PreTrainedModel) -> None:
@@ -154,6 +151,13 @@ def _check(
         raise ValueError(
             f"prompt_ids: must be on the model's device {model.device}, got {prompt_ids.device}; move them"
         )
+    size = model.get_input_embeddings().weight.shape[0]
+    if (
+        prompt_ids.device.type == "cpu" and not 0 <= int(prompt_ids.min()) <= int(prompt_ids.max()) < size
+    ):  # a free look
+        worst = next(i for i in prompt_ids.flatten().tolist() if not 0 <= i < size)
+        raise ValueError(f"prompt_ids: must be in 0..{size - 1}, the model's embeddings, got {worst}; tokenise the "
+                         "prompts with the model's own tokenizer")  # fmt: skip
     if generator is not None and generator.device.type != prompt_ids.device.type:
         raise ValueError(
             f"generator: must live on {prompt_ids.device.type}, got {generator.device}; "
@@ -161,7 +165,7 @@ def _check(
         )
     if group_size < 1 or prompt_ids.shape[0] % group_size:
         raise ValueError(f"group_size: must be at least 1 and divide the {prompt_ids.shape[0]} rows, got {group_size}")
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     need = prompt_ids.shape[1] + sampling.max_new_tokens - 1  # the last token is never fed back
     if isinstance(context, int) and need > context:
         raise ValueError(

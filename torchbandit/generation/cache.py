@@ -110,7 +110,7 @@ def layer_shapes(model: PreTrainedModel, capacity: int) -> list[LayerShape]:
     Raises:
         Unfit: the model does not keep plain keys and values for every token, or cannot see `capacity` of them.
     """
-    config = model.config
+    config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"} or not getattr(model, "_supports_attention_backend", False):
         raise Unfit(f"{type(model).__name__} has attention that is not plain ({', '.join(sorted(kinds))})")

@@ -21,6 +21,8 @@ class Sampling:
         top_p: keep the smallest set of likeliest tokens that holds this mass (after top_k); 1 keeps all.
         places: at most so many rows are in the cache at a time, the others wait; None lets memory decide.
         stop_ids: None takes the tokenizer's and the model's eos ids.
+        num_ids: ids from here on are never sampled: a padded vocabulary has more than any tokenizer. The log-probs stay
+            those of the whole softmax. None: the policy takes its tokenizer's.
     """
 
     max_new_tokens: int = 128
@@ -29,6 +31,7 @@ class Sampling:
     top_p: float = 1.0
     places: int | None = None
     stop_ids: tuple[int, ...] | None = None
+    num_ids: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -43,6 +46,8 @@ class Sampling:
             raise ValueError(f"places: must be at least 1, or None, got {self.places}")
         if self.stop_ids is not None and any(stop < 0 for stop in self.stop_ids):
             raise ValueError(f"stop_ids: must be token ids, so not negative, got {self.stop_ids}")
+        if self.num_ids is not None and self.num_ids < 1:
+            raise ValueError(f"num_ids: must be at least 1, or None, got {self.num_ids}")
 
     @property
     def truncates(self) -> bool:
@@ -82,16 +87,33 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> tuple[Te
     """
     scaled = logits.float()
     if sampling.temperature == 0:
-        tokens = scaled.argmax(-1, keepdim=True)
+        tokens = scaled[:, : sampling.num_ids].argmax(-1, keepdim=True)
         return tokens[:, 0], (scaled.gather(-1, tokens) - scaled.logsumexp(-1, keepdim=True))[:, 0]
     assert uniform is not None
     if sampling.temperature != 1:
         scaled = scaled / sampling.temperature
     probs = scaled.softmax(-1)
-    kept = truncate(probs, sampling) if sampling.truncates else probs
+    kept = probs[:, : sampling.num_ids]
+    if sampling.truncates:
+        kept = truncate(kept, sampling)
     mass = kept.cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
+    tokens = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp_(max=mass.shape[-1] - 1)
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
+
+
+def of_whole(
+    log_prob: Tensor, token: Tensor, logits: Tensor, num_ids: int | None, inverse_temperature: Tensor
+) -> Tensor:
+    """Log-probs over the whole vocabulary, of those over the first `num_ids` ids: [n] float32.
+
+    Args:
+        logits: [n, V], of the whole vocabulary; inverse_temperature: [1] float32.
+    """
+    if num_ids is None or num_ids >= logits.shape[-1]:
+        return log_prob
+    scaled = logits.gather(-1, token[:, None])[:, 0].float() * inverse_temperature
+    beyond = (logits[:, num_ids:].float() * inverse_temperature).logsumexp(-1)
+    return scaled - torch.logaddexp(scaled - log_prob, beyond)
 
 
 def truncate(probs: Tensor, sampling: Sampling) -> Tensor:

@@ -22,7 +22,7 @@ from torchbandit.generation.attention import decode_mode
 from torchbandit.generation.body import compiled, compiled_body, decoder_layers, is_chain, own_forwards, watched
 from torchbandit.generation.cache import Cache, Unfit
 from torchbandit.generation.lanes import Lanes, advance
-from torchbandit.generation.sampling import Sampling, draw
+from torchbandit.generation.sampling import Sampling, draw, of_whole
 
 FAST: frozenset[str] = frozenset({"combos", "gates", "layers", "products", "sums"})
 """What a step adds to the compiled layer: small kernels that do not need each other, such as the rotations of query and
@@ -55,7 +55,7 @@ class Stepper:
         self.inverse_temperature = torch.ones(1, dtype=torch.float32, device=lanes.device)
         self.uniform: Tensor | None = None
         self.record_s = 0.0  # spent on compiling and recording, for whoever tells first calls apart
-        self._graphs: dict[tuple[int, bool, bool, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, bool, bool, int, int | None], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
         self._weights: tuple[int, ...] = ()
 
@@ -108,7 +108,7 @@ class Stepper:
                 self._draw_and_advance(self._logits(model, n, bound, in_order), n)
             return
         greedy = self.sampling.temperature == 0
-        key = (n, self.fused, greedy, len(self.lanes.stops))
+        key = (n, self.fused, greedy, len(self.lanes.stops), self.sampling.num_ids)
         if key not in self._graphs:
             self._graphs[key] = self._record(model, n)
         graph, logits = self._graphs[key]
@@ -139,9 +139,10 @@ class Stepper:
             from torchbandit.generation import kernels
 
             token, log_prob = kernels.draw(
-                logits, lanes.row[:n], lanes.count[:n], self.seed, self.inverse_temperature,
+                logits[:, : self.sampling.num_ids], lanes.row[:n], lanes.count[:n], self.seed, self.inverse_temperature,
                 greedy=self.sampling.temperature == 0,
             )  # fmt: skip
+            log_prob = of_whole(log_prob, token, logits, self.sampling.num_ids, self.inverse_temperature)
         else:
             uniform = None
             if self.uniform is not None:

@@ -61,11 +61,13 @@ class EnvDraw:
     def greedy_reward(self, td: TensorDictBase) -> Tensor:
         """The reward of the greedy response to each row's prompt: [B] float32."""
         env, G = self._env, self._env.group_size
+        packing = env.packing_metrics  # of the rows that are learnt from
         prompts: TensorDict = env.gather(td[batch.PROMPT_ID][::G], td[batch.GROUP_ID][::G])
         with self._clock("generate"):
             answered = self._greedy(prompts)
         with self._clock("score"), env.rewards.frozen():
             reward = row_reward(env.step(answered))
+        env.packing_metrics = packing
         return reward.repeat_interleave(G, output_size=len(td))
 
 
@@ -99,7 +101,8 @@ def collect(
     first = constant.int().argsort(stable=True)[: env.num_prompts]  # a stable sort keeps the order of drawing
     teaches = ~constant[first]
     td = everything[(first.unsqueeze(-1) * G + torch.arange(G, device=first.device)).flatten()]
-    td[LEARN_MASK] = td[batch.RESPONSE_MASK] & teaches.repeat_interleave(G, output_size=len(td)).unsqueeze(-1)
+    left = td.get(LEARN_MASK, td[batch.RESPONSE_MASK])  # the algorithm's `collect` may have left tokens out
+    td[LEARN_MASK] = left & teaches.repeat_interleave(G, output_size=len(td)).unsqueeze(-1)
     numbers = torch.stack((torch.full_like(teaches.sum(), len(constant)), teaches.sum())).float()
     total, kept = (numbers if reduce is None else reduce(numbers)).unbind()
     told = {"draws": torch.full_like(total, draws), "groups_drawn": total, "groups_kept": kept}

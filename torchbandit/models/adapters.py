@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from torchbandit.models.hub import fetch
 from torchbandit.models.spec import ModelSpec, first_line
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base"
 
 
 def causal_lm_on(backbone: PreTrainedModel, adapter: str | Path, *, trainable: bool = False) -> PreTrainedModel:
@@ -76,6 +79,51 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
             _replace(base, name, module.original_module)
     base.eval()
     return base
+
+
+def over_base(spec: ModelSpec, folder: Path) -> ModelSpec | None:
+    """Of a folder that holds an adapter alone, its base with the adapter over it; None of any other folder.
+
+    The base is `folder/base`, or what adapter_config.json names: a folder or a hub id.
+    """
+    if not (folder / CONFIG).is_file() or any(folder.glob("model*.safetensors*")):
+        return None
+    own = folder / BASE
+    named = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = own if own.is_dir() else named
+    return replace(spec, path=base, revision=None, adapter=spec.path) if base else None
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Write the adapter over a model, in peft's format; the base is named, and written to `folder/base` if it has no
+    name.
+
+    Raises:
+        ValueError: several adapters lie over the model.
+    """
+    peft, configs = _peft(), cast(Any, model).peft_config
+    if len(configs) != 1:
+        raise ValueError(f"adapters: save_pretrained writes one, got {', '.join(configs)}; delete the others")
+    ((name, config),) = configs.items()
+    config = copy.copy(config)
+    state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # Modules that are trained whole stand in the model without peft's wrapper, see `_adapted`.
+    for at, module in model.named_modules():
+        if at.rpartition(".")[2] in (config.modules_to_save or ()) and not hasattr(module, "modules_to_save"):
+            state |= {f"{at}.{key}": weight for key, weight in module.state_dict().items()}
+    base = config.base_model_name_or_path or model.name_or_path
+    if not base:
+        base = folder / BASE
+        without_adapter(model).save_pretrained(base)
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    prefix = "base_model.model."
+    save_file(
+        {prefix + key.removeprefix(prefix): weight.detach().contiguous().clone() for key, weight in state.items()},
+        folder / WEIGHTS, metadata={"format": "pt"},
+    )  # fmt: skip
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:

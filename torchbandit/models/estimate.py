@@ -20,6 +20,7 @@ def weight_bytes(skeleton: nn.Module, dtype: torch.dtype, quantization: str | No
         skeleton: the architecture; its parameters may be on the meta device. Tied ones count once.
         dtype: of what is not quantised.
     """
+    # Experts count in full: they are loaded as they are, and made small where they lie.
     taken = {f"{name}.weight" for name in quantize.inside_layers(skeleton)} if quantization else set()
     bits = 0.0
     for name, weight in skeleton.named_parameters():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,9 +20,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from torchbandit.models import adapters, quantize, weights
+from torchbandit.models import adapters, experts, quantize, text, weights
 from torchbandit.models.estimate import check_fits
 from torchbandit.models.hub import fetch
 from torchbandit.models.mapped import given_back
@@ -101,14 +104,40 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def dropout_in(model: nn.Module) -> str | None:
-    """The name of a dropout above 0, or None."""
+    """The name of a dropout above 0, or of a router's jitter in train mode; or None."""
     for at, module in model.named_modules():
         if isinstance(module, _DROPOUTS) and module.p > 0:
             return str(at)
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float) and value > 0:
+            random = "dropout" in name or ("jitter" in name and module.training)
+            if random and isinstance(value, float) and value > 0:
                 return f"{at}.{name}"
     return None
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode inside the block; after it every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def keep_steady(model: nn.Module) -> None:
+    """Eval mode, save where gradient checkpointing asks for train mode: the layers that it recomputes, and the model.
+
+    Train mode switches more than dropout: routers of experts add jitter or sample (trap 36). These sit inside layers,
+    and stay in eval mode.
+    """
+    model.eval()
+    again = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    for module in [model, *again] if again else []:
+        module.training = True
 
 
 @contextlib.contextmanager
@@ -123,10 +152,53 @@ def quiet_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens; of a model with an adapter, the adapter."""
+    with quiet_bars():
+        if getattr(model, "peft_config", None):
+            adapters.save(model, folder)
+        else:
+            model.save_pretrained(folder)
+
+
+HEAD = "value_head.safetensors"
+
+
+def save_value_head(head: nn.Linear, folder: Path) -> None:
+    """Write a value head beside its model."""
+    save_file({name: weight.contiguous() for name, weight in head.state_dict().items()}, folder / HEAD)
+
+
+def load_value_head(model: str | Path | ModelSpec, head: nn.Linear) -> None:
+    """Fill `head` with the one saved beside a model (or its adapter), if there is one.
+
+    Raises:
+        ValueError: it is of another size, or the folder has a critic of its own instead.
+    """
+    spec = as_spec(model)
+    folder = fetch(spec if spec.adapter is None else ModelSpec(spec.adapter), weights=True)
+    if not (folder / HEAD).is_file():
+        if (folder / "critic").is_dir():
+            raise ValueError(f'critic: {folder} was saved with a critic of its own, got critic="head"; name the critic: '
+                             f"critic={str(folder / 'critic')!r}")  # fmt: skip
+        return
+    state = load_file(folder / HEAD)
+    want = {name: list(weight.shape) for name, weight in head.state_dict().items()}
+    got = {name: list(weight.shape) for name, weight in state.items()}
+    if got != want:
+        raise ValueError(f"{folder / HEAD}: must hold {want}, got {got}; it was saved with another model")
+    head.load_state_dict(state)
+
+
 def _load(
     auto: Any, model: ModelLike, device: torch.device | str, dtype: str | torch.dtype, trainable: bool
 ) -> PreTrainedModel:
     if isinstance(model, PreTrainedModel):
+        if trainable:
+            quantize.check_trainable(model)
+        if auto is AutoModelForCausalLM and text.whole_class(model.config) is not None:
+            model = text.text_side(model, name_of(model))
+        text.name_base(model)
         disable_dropout(model)
         return model if trainable else model.eval()
     spec, device = as_spec(model, dtype), torch.device(device)
@@ -134,17 +206,33 @@ def _load(
         base = _load(AutoModelForCausalLM, replace(spec, adapter=None), device, dtype, False)
         lay = adapters.causal_lm_on if auto is AutoModelForCausalLM else adapters.reward_model_on
         adapted = lay(base, spec.adapter, trainable=trainable)
+        for config in getattr(adapted, "peft_config", {}).values():
+            config.base_model_name_or_path = str(spec.path)  # the one in use, which its own config need not name
         disable_dropout(adapted)
         return adapted
     target = dtype_on(spec.dtype, device)
     options: dict[str, Any] = {}
     if spec.quantization is not None:
         if trainable:
-            raise ValueError(f"model {spec.path}: quantization must be None for a model that is trained, "
-                             f"got {spec.quantization!r}")  # fmt: skip
+            raise quantize.not_trainable(str(spec.path), spec.quantization)
         quantize.require_available(spec.quantization, device)
     folder = fetch(spec, weights=True)
-    skeleton = _skeleton(auto, _config(spec), torch.device("meta"), target)
+    over_base = adapters.over_base(spec, folder)
+    if over_base is not None:
+        return _load(auto, over_base, device, dtype, trainable)
+    config = _config(spec)
+    saved_as = quantize.saved_as(config)
+    if saved_as is not None and trainable:
+        raise quantize.not_trainable(str(spec.path), saved_as)
+    whole = text.whole_class(config) if auto is AutoModelForCausalLM else None
+    if whole is not None:
+        text.text_config(config, str(spec.path))  # refused before anything is read, if at all
+        if spec.quantization is not None:
+            raise ValueError(f"model {spec.path}: quantization must be None for a model of more than text, got "
+                             f"{spec.quantization!r}; save its text side first: load_causal_lm({str(spec.path)!r}, "
+                             "device).save_pretrained(folder)")  # fmt: skip
+        auto = whole
+    skeleton = _skeleton(auto, config, torch.device("meta"), target, str(spec.path))
     if spec.quantization is not None:
         quantize.check_shapes(spec.quantization, skeleton, device, str(spec.path))
     files = weights.check_files(folder, str(spec.path))
@@ -165,47 +253,94 @@ def _load(
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: shapes that differ
         raise ValueError(f"model {spec.path}: cannot be loaded ({first_line(error)}); give a hub id or a folder with "
                          "config.json and safetensors weights") from error  # fmt: skip
     assert isinstance(loaded, PreTrainedModel)
-    if info["missing_keys"]:
-        # transformers would draw them at random and warn: a language model opened as a reward model scores noise.
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"model {spec.path}: must hold all weights of a {type(loaded).__name__}, got none for "
-                         f"{', '.join(missing[:3])}; give the folder of a model that was trained as one")  # fmt: skip
+    _check_keys(info, loaded, str(spec.path))
     if spec.quantization is not None:
+        experts.quantise(loaded, spec.quantization)
         quantize.check(loaded, keep, str(spec.path))
+        quantize.tell_plain(loaded, skeleton, str(spec.path), spec.quantization)
+    if whole is not None:
+        loaded = text.text_side(loaded, str(spec.path))
+        warnings.warn(f"model {spec.path}: holds more than text; its text side alone is used, and saved, as a "
+                      f"{type(loaded).__name__}", stacklevel=3)  # fmt: skip
+    text.name_base(loaded)
     disable_dropout(loaded)
     loaded.eval().requires_grad_(trainable)
     setattr(loaded, "torchbandit_compile", spec.compile)  # noqa: B010 (a name that no module declares)
     return loaded
 
 
+def _check_keys(info: dict[str, Any], loaded: PreTrainedModel, name: str) -> None:
+    """That the checkpoint holds this model's weights, all of them, and no others.
+
+    transformers would draw what is missing at random, so that a language model opened as a reward model scores noise;
+    and leave out what it does not know, such as a bias of the head (trap 38).
+    """
+    kind = type(loaded).__name__
+    if info["missing_keys"]:
+        raise ValueError(f"model {name}: must hold all weights of a {kind}, got none for "
+                         f"{_some(info['missing_keys'])}; give the folder of a model that was trained as one")  # fmt: skip
+    unknown = [key for key in info["unexpected_keys"] if not key.endswith(_HARMLESS)]
+    if unknown:
+        raise ValueError(f"model {name}: must hold the weights of a {kind} alone, got {_some(unknown)} as well, which "
+                         "it would not use; open it as the class that it was saved as, or take them out")  # fmt: skip
+
+
+_HARMLESS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position_ids")
+"""Ends of names under which older checkpoints keep what a model computes by itself: frequencies, masks, positions."""
+
+
+def _some(names: Any) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+
+
 def _empty(
     auto: Any, model: str | Path | ModelSpec, device: torch.device | str, dtype: str | torch.dtype
 ) -> PreTrainedModel:
     spec, device = as_spec(model, dtype), torch.device(device)
-    made = _skeleton(auto, _config(spec), device, dtype_on(spec.dtype, device))
+    config = _config(spec)
+    if auto is AutoModelForCausalLM and text.whole_class(config) is not None:
+        config = text.text_config(config, str(spec.path))
+    made = _skeleton(auto, config, device, dtype_on(spec.dtype, device), str(spec.path))
     made.tie_weights()  # left out with the initialisation
     # from_config knows nothing of generation_config.json, whose eos ids end a response.
     with contextlib.suppress(OSError):
         made.generation_config = GenerationConfig.from_pretrained(fetch(spec))
+    text.name_base(made)
     disable_dropout(made)
     made.eval().requires_grad_(False)
     setattr(made, "torchbandit_compile", spec.compile)  # noqa: B010
     return made
 
 
-def _skeleton(auto: Any, config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture, its weights never written."""
-    with no_init_weights(), device:
-        made: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+def _skeleton(auto: Any, config: Any, device: torch.device, dtype: torch.dtype, name: str) -> PreTrainedModel:
+    """The architecture, its weights never written.
+
+    Raises:
+        ValueError: transformers has no such class of this architecture, or cannot build it.
+    """
+    kind = "sequence classifier" if auto is AutoModelForSequenceClassification else "causal language model"
+    if type(config) not in auto._model_mapping:
+        raise ValueError(f"model {name}: transformers has no {kind} of architecture {config.model_type}; use a model of "
+                         "another architecture")  # fmt: skip
+    try:
+        with no_init_weights(), device:
+            made: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # a config that its own architecture cannot be built from, a package that it asks for
+        raise ValueError(f"model {name}: cannot be built as a {kind} of architecture {config.model_type} "
+                         f"({first_line(error)}); check its config.json") from error  # fmt: skip
     return made
 
 
 def _config(spec: ModelSpec) -> Any:
     folder = fetch(spec)
+    over_base = adapters.over_base(spec, folder)
+    if over_base is not None:
+        return _config(over_base)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:

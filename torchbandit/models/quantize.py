@@ -1,6 +1,6 @@
 """Quantised weights: which layers become small, by whose kernels, and whether it came out so.
 
-Only the linear layers inside the repeated decoder layers are quantised. Whatever stands outside (embeddings, the score
+Only the linear layers inside the repeated decoder layers are quantised, and their experts (experts.py). Whatever stands outside (embeddings, the score
 or LM head, projections beside them) and every norm keeps the model's dtype: a quantised score head gives rewards that
 are all one number (trap 13).
 """
@@ -8,6 +8,7 @@ are all one number (trap 13).
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -108,6 +109,35 @@ def is_quantized(weight: Any) -> bool:
     return not weight.is_floating_point() or type(getattr(weight, "data", weight)) is not torch.Tensor
 
 
+def saved_as(config: Any) -> str | None:
+    """By what method a model's folder was quantised; None if it was not."""
+    said = getattr(config, "quantization_config", None)
+    if said is None:
+        return None
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    return str(getattr(method, "value", method) or "quantised")
+
+
+def not_trainable(name: str, how: str) -> ValueError:
+    """What is said to whoever would train quantised weights."""
+    return ValueError(
+        f"model {name}: quantization must be None for a model that is trained, got {how!r}: embeddings and norms alone "
+        "would train; load it unquantised, or lay adapters over it (ModelSpec(path, quantization=..., adapter=...))"
+    )
+
+
+def check_trainable(model: PreTrainedModel) -> None:
+    """Refuse a live model whose weights are quantised, unless adapters are what trains (trap 39).
+
+    Raises:
+        ValueError: says so, and names adapters.
+    """
+    if getattr(model, "peft_config", None):
+        return
+    if any(is_quantized(weight) for weight in model.parameters()):
+        raise not_trainable(type(model).__name__, saved_as(model.config) or "quantised")
+
+
 def compiler_options(model: nn.Module) -> dict[str, Any]:
     """What Inductor must be told of a model's weights.
 
@@ -129,6 +159,32 @@ def check(model: PreTrainedModel, keep: list[str], name: str) -> None:
     if wrong:
         raise ValueError(f"model {name}: {', '.join(wrong)} must stay in high precision, got quantised weights; this "
                          "version of transformers is not supported")  # fmt: skip
-    if not any(is_quantized(weight) for weight in weights.values()):
+    if not any(is_quantized(weight) for weight in model.parameters()):
         raise ValueError(f"model {name}: {type(model).__name__} has no linear layers that can be quantised; load it "
                          "with quantization=None")  # fmt: skip
+
+
+SAID_ABOVE = 0.1
+"""Share of the layers' weights that stays plain above which it is said."""
+
+
+def tell_plain(model: PreTrainedModel, skeleton: nn.Module, name: str, quantization: Quantization) -> None:
+    """Warn of the share of the layers' weights that is not quantised, where that is much (trap 35)."""
+    whole = sum(weight.numel() for weight in _matrices(skeleton).values())
+    plain = {at: weight.numel() for at, weight in _matrices(model).items() if not is_quantized(weight)}
+    share = sum(plain.values()) / max(whole, 1)
+    if share > SAID_ABOVE:
+        largest = max(plain, key=lambda at: plain[at])
+        warnings.warn(f"model {name}: {quantization} leaves {share:.0%} of the weights of its layers as they were, the "
+                      f"largest {largest}; they are no linear layers", stacklevel=4)  # fmt: skip
+
+
+def _matrices(model: nn.Module) -> dict[str, Any]:
+    """The weights of the repeated layers by name, norms and biases left out, and the scales of small ones."""
+    return {
+        f"{at}.{name}": weight
+        for at, layer in model.named_modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+        for name, weight in layer.named_parameters()
+        if weight.dim() > 1 and not name.endswith(".original1")
+    }

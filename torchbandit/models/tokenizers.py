@@ -38,26 +38,55 @@ def with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The first id beyond a tokenizer's."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_embeddings(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, what: str) -> None:
+    """Refuse a tokenizer with ids that a model has no embedding for (trap 27).
+
+    Raises:
+        ValueError: names the first such token, its id and the number of embeddings.
+    """
+    rows, size = int(model.get_input_embeddings().weight.shape[0]), num_ids(tokenizer)
+    if size <= rows:
+        return
+    token = next(token for token, at in sorted(tokenizer.get_vocab().items(), key=lambda x: x[1]) if at >= rows)
+    raise ValueError(
+        f"{what}: must have an embedding for every id of the tokenizer, got {rows} embeddings for {size} ids (the first "
+        f"beyond: {token!r}); call model.resize_token_embeddings({size}), or use the tokenizer that it was trained with"
+    )
+
+
 def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, model: ModelLike, what: str) -> None:
     """Refuse a model that was trained on other ids (trap 5). Chat templates are not compared.
+
+    Special tokens that the model's tokenizer has beside ours, such as a [PAD] at the end, may be there: no row holds
+    them, and no text is split otherwise for them. So may a pad token of ours, since padding is told by masks.
 
     Args:
         tokenizer: the one whose ids will be scored.
         model: a live model has no tokenizer to compare with, and is not checked; nor is a folder without one.
         what: who it is, for the message: "reward model", "reference".
     Raises:
-        ValueError: the vocabularies differ.
+        ValueError: a token of ours has another id there, or none.
     """
     if isinstance(model, PreTrainedModel):
         return
     spec = as_spec(model)
     if Path(spec.path).is_dir() and not any(Path(spec.path).glob("token*")):
         return
-    theirs = load_tokenizer(spec).get_vocab()
-    ours = tokenizer.get_vocab()
-    if ours == theirs:
-        return
+    other = load_tokenizer(spec)
+    theirs, ours = other.get_vocab(), tokenizer.get_vocab()
     differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    special = {str(token) for token in other.added_tokens_decoder.values() if token.special}
+    harmless = {token for token in special if token not in ours and theirs[token] not in ours.values()}
+    pad = tokenizer.pad_token
+    if pad is not None and pad not in theirs and ours.get(pad) not in theirs.values():
+        harmless.add(pad)
+    if harmless.issuperset(differing):
+        return
     example = differing[0]
     raise ValueError(
         f"{what} {spec.path}: must have the policy's tokenizer ({len(ours)} tokens), got another with {len(theirs)}; "

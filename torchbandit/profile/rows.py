@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,10 @@ from torchbandit.generation import Sampling, generate, release
 from torchbandit.models import stop_ids_of
 from torchbandit.profile.options import ProfileOptions
 from torchbandit.prompts import PromptSet
+from torchbandit.prompts.options import PromptOptions
+from torchbandit.prompts.records import Records, usable
 from torchbandit.prompts.tokenise import tokenise
+from torchbandit.read import check_text, rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ def read(options: ProfileOptions, tokenizer: PreTrainedTokenizerBase) -> Rows:
     texts: list[str] = []
     where: list[str] = []
     pairs: list[tuple[int, int]] = []
-    for place, row in _lines(str(options.input)):
+    for place, row in rows(str(options.input), option="--input", key=options.prompt_key):
         keys = ("chosen", "rejected") if "chosen" in row else ("response",)
         for key in (options.prompt_key, *keys):
             if key not in row:
@@ -62,12 +63,15 @@ def read(options: ProfileOptions, tokenizer: PreTrainedTokenizerBase) -> Rows:
         if len(keys) == 2:
             pairs.append((len(texts), len(texts) + 1))
         for key in keys:
+            check_text(row[key], place, key)
             prompts.append(row[options.prompt_key])
-            texts.append(row[key])
+            texts.append(str(row[key]))
             where.append(place)
     if not texts:
         raise ValueError(f"{options.input}: must hold at least one line, got none")
-    found = tokenise(prompts, tokenizer, max_length=2**31, chat=options.chat, where=lambda i: where[i])
+    how = PromptOptions(chat=options.chat)
+    records = usable(Records(prompts, {}, where, options.prompt_key), how)
+    found = tokenise(records, tokenizer, max_length=None, options=how)
     prompt_ids: list[list[int]] = [ids.tolist() for ids in found.flat.split(found.lengths.tolist())]
     responses: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     eos = tokenizer.eos_token_id if options.eos else None
@@ -108,23 +112,6 @@ def batches(rows: Rows, size: int, device: torch.device) -> list[tuple[Tensor, T
         (*_pad(rows.prompts[at : at + size], device, left=True), *_pad(rows.responses[at : at + size], device))
         for at in range(0, len(rows.prompts), size)
     ]
-
-
-def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        text = open(path, encoding="utf-8")  # noqa: SIM115 (closed below; the error is of the opening alone)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}; check --input") from error
-    with text:
-        for number, line in enumerate(text, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}:{number}: must be one JSON object ({error})") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}:{number}: must be one JSON object, got {type(row).__name__}")
-                yield f"{path}:{number}", row
 
 
 def _sorted(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchbandit.prompts.read import Columns, Records, read_dataset, read_jsonl, split_columns
+from torchbandit.prompts.columns import split_columns
+from torchbandit.prompts.datasets import dataset_rows
+from torchbandit.prompts.options import PromptOptions
+from torchbandit.prompts.records import Columns, Records, from_rows, from_texts
 from torchbandit.prompts.table import make_table
-from torchbandit.prompts.tokenise import Where, as_tensor, tokenise
+from torchbandit.prompts.tokenise import as_tensor, tokenise
+from torchbandit.read import rows as read_rows
 from torchbandit.responses import is_contiguous, is_left_padded
 
 if TYPE_CHECKING:
@@ -25,8 +30,8 @@ if TYPE_CHECKING:
 class PromptSet:
     """Prompts as a table on the device, with the columns that travel with them. Made by one of the `from_*`.
 
-    Columns of numbers become tensors and travel in the batch; strings and objects stay here, in `host_columns`, for
-    `HostReward`.
+    Columns of numbers of one shape become tensors and travel in the batch. All others (strings, lists of several
+    lengths, None, tables) stay here as they stand, for `HostReward`.
 
     Attributes:
         tokenizer: what made the ids, or decodes them.
@@ -35,8 +40,11 @@ class PromptSet:
             elsewhere: only masks tell padding.
         lengths: [N] int64 on the device.
         columns: name -> tensor [N, ...] on the device.
-        host_columns: name -> list of N.
+        host_columns: name -> list of N, of those that are no tensors.
         num_truncated: prompts that were cut to `max_length`.
+        num_dropped: prompts that were longer, and left out.
+        num_skipped: rows that had no prompt that could be used, and were left out.
+        rendered_at: what a chat template that asks for the time was told, in seconds since 1970; None for others.
         fingerprint: a checksum of ids and lengths, by which a checkpoint knows its prompts.
     """
 
@@ -49,7 +57,9 @@ class PromptSet:
         columns: Columns | None = None,
         texts: list[str] | None = None,
         num_truncated: int = 0,
-        where: Where,
+        num_dropped: int = 0,
+        num_skipped: int = 0,
+        where: Callable[[int], str],
     ) -> None:
         """Check the ids and build the table.
 
@@ -74,8 +84,11 @@ class PromptSet:
             )
         self.tokenizer = tokenizer
         self.pad_id = _pad_id(tokenizer, vocabulary)
-        self.columns, self.host_columns = split_columns(columns or {}, lengths.numel(), where)
-        self.num_truncated = num_truncated
+        self.columns, self._lists = split_columns(columns or {}, lengths.numel())
+        self.host_columns = {name: values for name, values in self._lists.items() if name not in self.columns}
+        self.num_truncated, self.num_dropped, self.num_skipped = num_truncated, num_dropped, num_skipped
+        self.rendered_at: int | None = None
+        self._source: tuple[Records, int, PromptOptions] | None = None  # where the time matters
         self.fingerprint = _checksum(flat) ^ _checksum(lengths)
         self._shortest, self._num_tokens = int(lengths.min()), flat.numel()
         self._texts = texts
@@ -89,44 +102,55 @@ class PromptSet:
         *,
         max_length: int,
         columns: Columns | None = None,
-        chat: bool = False,
+        **options: Any,
     ) -> PromptSet:
         """Tokenise texts, with the BOS that the tokenizer puts in front.
 
         Args:
-            texts: strings, or lists of messages `{"role", "content"}`, which go through the chat template.
-            max_length: longer prompts keep their BOS and their end; a warning says how many.
-            columns: name -> N numbers, lists of numbers, or a tensor [N, ...]: on the device; or N strings: on the
-                host.
-            chat: strings go through the tokenizer's chat template too, as a user message with the generation prompt.
+            texts: strings, or lists of messages `{"role", "content"}`, which go through the chat template. A last
+                message of the assistant is the beginning of an answer, which the response goes on with.
+            max_length: most tokens of a prompt. A longer text keeps its BOS and its end, and a warning says how many
+                do; a longer chat is an error (see `overlong`).
+            columns: name -> N values, or a tensor [N, ...]. A column "tools" is handed to the chat template.
+            options: the fields of `prompts.options.PromptOptions`: chat, prompt_template, system_prompt,
+                chat_template, chat_template_kwargs, last_turn, overlong, on_bad_row, rendered_at.
         Raises:
             ValueError: names the text or the column, what was expected and what came.
         """
         if isinstance(texts, str):
             raise ValueError("texts: must be a list of strings, got one string; put it in a list")
-        return cls._tokenised(Records(list(texts), {}, lambda i: f"texts[{i}]"), tokenizer, max_length, chat, columns)
+        how = PromptOptions(**options)
+        return cls._tokenised(from_texts(list(texts), columns or {}, how), tokenizer, max_length, how)
 
     @classmethod
-    def from_jsonl(
+    def from_file(
         cls,
         path: str | Path,
         tokenizer: PreTrainedTokenizerBase,
         *,
         prompt_key: str = "prompt",
         max_length: int,
-        chat: bool = False,
         columns: Sequence[str] | None = None,
+        option: str = "the path",
+        **options: Any,
     ) -> PromptSet:
-        """Read a file of one JSON object a line.
+        """Read JSONL, JSON, CSV, TSV, Parquet, Arrow or text, compressed or not.
 
         Args:
-            prompt_key: holds the prompt, a string or a list of messages.
-            columns: the keys that travel with a prompt; None takes all others than `prompt_key`.
-            max_length, chat: as in `from_texts`.
+            path: a file, a folder, a glob, `-` for stdin, a folder of `save_to_disk`, or a dataset of the hub; with
+                `:split` where there are several splits. See docs/data.md.
+            prompt_key: the column of the prompt, a string or a list of messages.
+            columns: the columns that travel with a prompt; None takes all others.
+            option: what the user calls the path, for messages.
+            max_length, options: as in `from_texts`.
         Raises:
             ValueError: names the file and line, what was expected and what came.
         """
-        return cls._tokenised(read_jsonl(path, prompt_key, columns), tokenizer, max_length, chat)
+        how = PromptOptions(**options)
+        rows = read_rows(path, option=option, key=prompt_key)
+        return cls._tokenised(from_rows(rows, str(path), prompt_key, columns, how), tokenizer, max_length, how)
+
+    from_jsonl = from_file
 
     @classmethod
     def from_dataset(
@@ -136,11 +160,13 @@ class PromptSet:
         *,
         prompt_key: str = "prompt",
         max_length: int,
-        chat: bool = False,
         columns: Sequence[str] | None = None,
+        **options: Any,
     ) -> PromptSet:
-        """Read a `datasets.Dataset` (one split), or any iterable of dicts; arguments as in `from_jsonl`."""
-        return cls._tokenised(read_dataset(dataset, prompt_key, columns), tokenizer, max_length, chat)
+        """Read a `datasets.Dataset` (one split), or any iterable of dicts; arguments as in `from_file`."""
+        how = PromptOptions(**options)
+        rows = dataset_rows(dataset, None if columns is None or how.prompt_template else [prompt_key, *columns])
+        return cls._tokenised(from_rows(rows, "dataset", prompt_key, columns, how), tokenizer, max_length, how)
 
     @classmethod
     def from_tokens(
@@ -164,23 +190,36 @@ class PromptSet:
 
     @classmethod
     def _tokenised(
-        cls,
-        records: Records,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        chat: bool,
-        columns: Columns | None = None,
+        cls, records: Records, tokenizer: PreTrainedTokenizerBase, max_length: int, options: PromptOptions
     ) -> PromptSet:
-        made = tokenise(records.prompts, tokenizer, max_length=max_length, chat=chat, where=records.where)
-        return cls(
+        made = tokenise(records, tokenizer, max_length=max_length, options=options)
+        kept = records.take(made.kept)
+        prompts = cls(
             made.flat,
             made.lengths,
             tokenizer,
-            columns=records.columns if columns is None else columns,
+            columns=kept.columns,
             texts=made.texts,
             num_truncated=made.num_cut,
-            where=records.where,
+            num_dropped=len(records.prompts) - len(made.kept),
+            num_skipped=records.num_skipped,
+            where=lambda i: kept.places[i],
         )
+        if made.rendered_at is not None:
+            prompts.rendered_at, prompts._source = made.rendered_at, (records, max_length, options)
+        return prompts
+
+    def rendered(self, at: int | None) -> PromptSet:
+        """The same prompts, their chat template told that it is the time `at` (in seconds since 1970).
+
+        A run that goes on renders its prompts as they were the first time. Prompts whose template asks for no time
+        are returned as they are.
+        """
+        if self._source is None or at is None or at == self.rendered_at:
+            return self
+        records, max_length, options = self._source
+        made = self._tokenised(records, self.tokenizer, max_length, replace(options, rendered_at=at))
+        return made.to(self.device)
 
     def __len__(self) -> int:
         return self._table.lengths.shape[0]
@@ -241,6 +280,13 @@ class PromptSet:
         ids, mask = (part.cpu() for part in self._table.gather(torch.tensor(list(rows), device=self.device)))
         return [str(self.tokenizer.decode(row[kept].tolist())) for row, kept in zip(ids, mask, strict=True)]
 
+    def values(self, name: str, prompt_id: Sequence[int]) -> list[Any]:
+        """A column's values of these rows, as they stand in the source (as lists, where it was given as a tensor)."""
+        if name in self._lists:
+            return [self._lists[name][row] for row in prompt_id]
+        rows = torch.tensor(list(prompt_id), dtype=torch.int64, device=self.device)
+        return list(self.columns[name][rows].cpu().tolist())
+
     def __repr__(self) -> str:
         parts = [
             f"{len(self)} prompts",
@@ -249,6 +295,7 @@ class PromptSet:
         ]
         if self.num_truncated:
             parts.append(f"{self.num_truncated} cut")
+        parts += [f"{n} {what}" for n, what in ((self.num_dropped, "dropped"), (self.num_skipped, "skipped")) if n]
         for name, column in self.columns.items():
             parts.append(f"{name}: {str(column.dtype).removeprefix('torch.')} {list(column.shape)}")
         parts += [f"{name}: host" for name in self.host_columns]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchbandit.prompts.chat import Chats
+from torchbandit.prompts.options import PromptOptions
+from torchbandit.prompts.records import Records
+from torchbandit.read import check_text
+from torchbandit.texts import texts_after
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Where = Callable[[int], str]
-"""Index of a prompt -> the place a user knows it by: `prompts.jsonl:7` or `texts[6]`."""
 
 CHUNK = 16_384
 """Texts tokenised in one call: enough to keep a fast tokenizer's threads busy, few enough to bound the memory."""
@@ -22,13 +25,15 @@ CHUNK = 16_384
 
 class Tokenised(NamedTuple):
     flat: Tensor  # [sum of lengths] int64 on the CPU, prompt after prompt
-    lengths: Tensor  # [N] int64 on the CPU
+    lengths: Tensor  # [n] int64 on the CPU
     texts: list[str]  # what the policy reads: rendered, cut
+    kept: list[int]  # which of the records they are
     num_cut: int
+    rendered_at: int | None  # the time that the chat template was told, if it asked
 
 
 def tokenise(
-    prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, *, max_length: int, chat: bool, where: Where
+    records: Records, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, options: PromptOptions
 ) -> Tokenised:
     """Token ids of each prompt, with the special tokens in front that the model was trained with, once.
 
@@ -37,72 +42,80 @@ def tokenise(
     and no more, as in `apply_chat_template(tokenize=True)`.
 
     Args:
-        prompts: strings, or lists of messages `{"role": ..., "content": ...}`, which always go through the template.
-        max_length: longer prompts keep their end, and their BOS; a warning says how many.
-        chat: strings go through the template too, each as one user message.
+        records: prompts that can be used (see `records.usable`).
+        max_length: most tokens of a prompt, or None; what becomes of longer ones says `options.overlong`, and a
+            warning says how many.
     Raises:
         ValueError: names the place of the offending prompt.
     """
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
         raise ValueError(f"max_length: must be an int of at least 1 (tokens of a prompt), got {max_length!r}")
-    is_chat = [_is_chat(prompt, chat, where, i) for i, prompt in enumerate(prompts)]
-    if any(is_chat) and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"{where(is_chat.index(True))}: is to be rendered by the tokenizer's chat template, and the tokenizer has "
-            "none; set tokenizer.chat_template, or give plain texts with chat=False"
-        )
-    texts = [_render(p, tokenizer, where, i) if is_chat[i] else str(p) for i, p in enumerate(prompts)]
+    chats = Chats(records, tokenizer, options)
+    texts = [chats.render(i) if chats.is_chat[i] else str(prompt) for i, prompt in enumerate(records.prompts)]
+    for i, text in enumerate(texts):
+        if chats.is_chat[i]:
+            check_text(text, records.places[i], "prompt")
     prefix = _prefix(tokenizer, texts)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
-    flat, lengths = array("q"), array("q")  # lists of 20 million ints would cost 0.7 GB
-    longest = num_cut = 0
+    flat, lengths, kept = array("q"), array("q"), list[int]()  # lists of 20 million ints would cost 0.7 GB
+    long: list[int] = []
+    longest = 0
     for first in range(0, len(texts), CHUNK):
-        for ids in _bare(tokenizer, texts[first : first + CHUNK]):
-            i = len(lengths)
-            if not is_chat[i] and ids[: len(prefix)] != prefix:
-                ids = prefix + ids
+        for i, ids in enumerate(_bare(tokenizer, texts[first : first + CHUNK]), first):
+            if not chats.is_chat[i] and ids[: len(prefix)] != prefix:
+                # A text that brings its BOS lacks the rest of the prefix, if there is any.
+                ids = prefix + ids[len(bos) if bos and prefix[:1] == bos == ids[:1] else 0 :]
             if not ids:
-                raise ValueError(f"{where(i)}: must hold at least one token, got {texts[i]!r}; leave this prompt out")
-            if len(ids) > max_length:
-                longest, num_cut = max(longest, len(ids)), num_cut + 1
+                raise ValueError(
+                    f"{records.places[i]}: must hold at least one token, got {texts[i]!r}; leave this prompt out"
+                )
+            if max_length is not None and len(ids) > max_length:
+                longest = max(longest, len(ids))
+                long.append(i)
+                what = options.overlong or ("error" if chats.is_chat[i] else "cut")
+                if what != "cut":
+                    continue
                 head = next((h for h in (prefix, bos) if h and ids[: len(h)] == h and len(h) < max_length), [])
-                tail = ids[len(ids) - (max_length - len(head)) :]
-                ids, texts[i] = head + tail, str(tokenizer.decode(tail))
+                start = len(ids) - (max_length - len(head))
+                texts[i] = texts_after(tokenizer, [ids[:start]], [ids[start:]])[0]
+                ids = head + ids[start:]
             flat.extend(ids)
             lengths.append(len(ids))
-    if num_cut:
-        warnings.warn(
-            f"max_length: {num_cut} of {len(lengths)} prompts are longer than {max_length} tokens (the longest has "
-            f"{longest}) and were cut to their last {max_length}; raise max_length to keep them whole",
-            stacklevel=4,
+            kept.append(i)
+    left_out = len(texts) - len(kept)
+    if long:
+        _report(records, long, left_out, max_length, longest, options)
+    return Tokenised(
+        as_tensor(flat), as_tensor(lengths), [texts[i] for i in kept], kept, len(long) - left_out, chats.rendered_at
+    )
+
+
+def _report(
+    records: Records, long: list[int], left_out: int, limit: int | None, longest: int, options: PromptOptions
+) -> None:
+    """Say what became of prompts that are too long.
+
+    Raises:
+        ValueError: they are an error, or none is left.
+    """
+    told = (
+        f"max_length: {len(long)} of {len(records.prompts)} prompts are longer than {limit} tokens (the longest has "
+        f"{longest})"
+    )
+    if left_out and (options.overlong != "drop" or left_out == len(records.prompts)):
+        raise ValueError(
+            f"{told}, the first is {records.places[long[0]]}; raise max_length, leave them out with "
+            'overlong="drop", or cut them to their last tokens with overlong="cut", which lets a chat begin in the '
+            "middle of a turn"
         )
-    return Tokenised(as_tensor(flat), as_tensor(lengths), texts, num_cut)
+    what = "left out" if left_out else f"cut to their last {limit}"
+    warnings.warn(f"{told} and were {what}; raise max_length to keep them whole", stacklevel=5)
 
 
 def as_tensor(ints: array[int]) -> Tensor:
     """[n] int64 over the memory of an array of type "q"."""
     return torch.frombuffer(ints, dtype=torch.int64) if ints else torch.empty(0, dtype=torch.int64)
-
-
-def _is_chat(prompt: Any, chat: bool, where: Where, i: int) -> bool:
-    if isinstance(prompt, str):
-        return chat
-    if isinstance(prompt, list) and prompt and all(isinstance(m, Mapping) and "role" in m for m in prompt):
-        return True
-    got = repr(prompt)
-    raise ValueError(
-        f'{where(i)}: the prompt must be a string, or a list of messages {{"role": ..., "content": ...}}, '
-        f"got {type(prompt).__name__} {got if len(got) < 80 else got[:77] + '...'}"
-    )
-
-
-def _render(prompt: Any, tokenizer: PreTrainedTokenizerBase, where: Where, i: int) -> str:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template raises what it likes: of jinja2, TypeError, KeyError
-        raise ValueError(f"{where(i)}: the tokenizer's chat template cannot render this prompt: {error}") from error
 
 
 def _bare(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchbandit.batch import COLUMNS, PROMPT, PROMPT_ID, PROMPT_MASK, RESPONSE, RESPONSE_MASK, require, show
 from torchbandit.rewards.host_pool import Job, Rows, WorkerPool
 from torchbandit.rewards.term import Clip, Normalize, RewardTerm, name_of
+from torchbandit.texts import response_texts
 
 if TYPE_CHECKING:
     from torchbandit.prompts import PromptSet
@@ -30,8 +31,9 @@ logger = logging.getLogger(__name__)
 class HostReward(RewardTerm):
     """Score completions with `fn(prompts, completions, **columns) -> list[float | None]` in a pool of processes.
 
-    The one term that leaves the device: the response is copied to the host, decoded without special tokens and
-    handed out in chunks before the models run; the values are collected after them. A call that fails is repeated
+    The one term that leaves the device: the response is copied to the host, decoded and handed out in chunks before
+    the models run; the values are collected after them. A completion is what the model wrote, special tokens included
+    (`<think>` may be one); only the special token that ended it, its eos, is left out. A call that fails is repeated
     row by row, so that one bad row does not spoil the others. A row that still has no value is unscorable and is
     counted in `failures` by its reason:
         "timeout"       the call took longer than `timeout_s`; its worker was killed and replaced
@@ -44,11 +46,12 @@ class HostReward(RewardTerm):
 
     Args:
         fn: a function of a module, since workers import it. It gets lists of strings and, by name, the columns of
-            the PromptSet that it has parameters for (all, if it takes **columns): strings and objects from the
-            host, tensor columns as numbers or lists.
+            the PromptSet that it has parameters for (all, if it takes **columns), each value as it stands in the
+            file: strings, numbers, lists, dicts, None.
         tokenizer: decodes the responses.
         num_workers: processes.
         timeout_s: limit on one call. A chunk that passes it is repeated row by row, each row with this limit.
+        skip_special_tokens: leave every special token out of completions.
         chunk_size: most rows of one call; 1 for a function of a second or more a row.
         name, weight, clip, normalize, missing_eos_penalty: as in RewardTerm.
     Raises:
@@ -65,6 +68,7 @@ class HostReward(RewardTerm):
         num_workers: int = 2,
         timeout_s: float = 10.0,
         chunk_size: int = 16,
+        skip_special_tokens: bool = False,
         name: str | None = None,
         weight: float = 1.0,
         clip: Clip = None,
@@ -82,6 +86,7 @@ class HostReward(RewardTerm):
             timeout_s,
             chunk_size,
         )
+        self.skip_special_tokens = skip_special_tokens
         self.failures: Counter[str] = Counter()
         self._wanted, self._needed, self._takes_all = _parameters(fn)
         self._pickled = _pickle_by_name(fn, self.name)
@@ -97,10 +102,8 @@ class HostReward(RewardTerm):
         Raises:
             ValueError: a key is missing, or the function needs a column that is not there.
         """
-        tokens, mask = td[RESPONSE].cpu(), td[RESPONSE_MASK].cpu()
-        self._sent = [row for row, real in enumerate(mask.any(-1).tolist()) if real]
-        ids = [tokens[row][mask[row]].tolist() for row in self._sent]
-        completions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        self._sent = [row for row, real in enumerate(td[RESPONSE_MASK].any(-1).tolist()) if real]
+        completions = response_texts(td, self.tokenizer, self._sent, skip_special_tokens=self.skip_special_tokens)
         texts, columns = self._from_prompts(td, prompts)
         picked = {name: [column[row] for row in self._sent] for name, column in columns.items()}
         rows = Rows([texts[row] for row in self._sent], completions, picked)
@@ -143,8 +146,8 @@ class HostReward(RewardTerm):
         """The prompts as strings, and the columns that the function takes."""
         on_device = td.get(COLUMNS, None)
         on_device = {} if on_device is None else dict(on_device.items())
-        on_host = {} if prompts is None else prompts.host_columns
-        names = (set(on_device) | set(on_host)) - {"prompts", "completions"}
+        of_prompts = set() if prompts is None else {*prompts.columns, *prompts.host_columns}
+        names = (set(on_device) | of_prompts) - {"prompts", "completions"}
         missing = sorted(self._needed - names)
         if missing:
             raise ValueError(
@@ -153,14 +156,14 @@ class HostReward(RewardTerm):
             )
         if not self._takes_all:
             names &= self._wanted
-        columns = {name: on_device[name].cpu().tolist() for name in names if name in on_device}
+        columns = {name: on_device[name].cpu().tolist() for name in names - of_prompts}
         if prompts is None:
             tokens, mask = td[PROMPT].cpu(), td[PROMPT_MASK].cpu()
             ids = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
-            return self.tokenizer.batch_decode(ids, skip_special_tokens=True), columns
+            return self.tokenizer.batch_decode(ids, skip_special_tokens=self.skip_special_tokens), columns
         hint = f"{show(PROMPT_ID)} tells which strings belong to a row; keep what env.reset() returned"
         prompt_id = require(td, PROMPT_ID, shape=(td.batch_size[0],), dtype=torch.int64, hint=hint).tolist()
-        columns |= {name: [on_host[name][i] for i in prompt_id] for name in names if name not in on_device}
+        columns |= {name: prompts.values(name, prompt_id) for name in names & of_prompts}
         return prompts.texts(prompt_id), columns
 
 

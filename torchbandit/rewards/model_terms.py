@@ -10,9 +10,19 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from torchbandit import scoring
-from torchbandit.batch import LOG_PROBS, PROMPT, PROMPT_MASK, RESPONSE, RESPONSE_MASK, TEMPERATURE, masked_sum, require
+from torchbandit.batch import (
+    LOG_PROBS,
+    PROMPT,
+    PROMPT_MASK,
+    RESPONSE,
+    RESPONSE_MASK,
+    TEMPERATURE,
+    longer_than,
+    masked_sum,
+    require,
+)
 from torchbandit.losses import KLEstimator, kl_estimate
-from torchbandit.models import ModelLike, check_same_tokenizer, load_causal_lm, load_reward_model
+from torchbandit.models import ModelLike, check_same_tokenizer, context_length, load_causal_lm, load_reward_model
 from torchbandit.rewards.term import Clip, Normalize, RewardTerm
 
 if TYPE_CHECKING:
@@ -25,7 +35,8 @@ class RewardModel(RewardTerm):
     """The score of a sequence classifier with one label, or of an ensemble of them.
 
     A model named by path is loaded at its first use, on the pipeline's device, in evaluation mode. A live module is
-    used where it is. The score is read on the last response token.
+    used where it is. The score is read on the last response token. A row of more tokens than the model's context is
+    unscorable.
 
     Args:
         model: hub id, folder, ModelSpec or live module; several make an ensemble.
@@ -81,7 +92,7 @@ class RewardModel(RewardTerm):
             td: reads ("tokens","prompt") [B, P] int64, ("tokens","response") [B, T] int64 and their masks, bool.
             plan: how scoring packs the rows; None makes one.
         Returns:
-            [B] float32 on td's device, no gradient; NaN where the response is empty.
+            [B] float32 on td's device, no gradient; NaN where the response is empty or the row exceeds the context.
         Raises:
             ValueError: a key is missing, or shape, dtype or device differ.
         Source: Ouyang et al. 2022 (InstructGPT), section 3.5.
@@ -99,7 +110,7 @@ class RewardModel(RewardTerm):
         return self.score(td, plan)
 
     def models(self) -> list[nn.Module]:
-        return list(self._models)
+        return list(self._models) or [source for source in self.sources if isinstance(source, nn.Module)]
 
 
 class KLPenalty(RewardTerm):
@@ -171,7 +182,8 @@ class KLPenalty(RewardTerm):
                 `temperature` [B] float32 (absent: 1; 0, greedy, counts as 1).
             plan: how scoring packs the rows; None makes one.
         Returns:
-            [B, T] float32 on td's device, no gradient; 0 outside the response mask.
+            [B, T] float32 on td's device, no gradient; 0 outside the response mask, NaN where a row exceeds the
+            reference's context.
         Raises:
             ValueError: a key is missing, or shape, dtype or device differ.
         """
@@ -195,7 +207,9 @@ class KLPenalty(RewardTerm):
         return kl if self.per_token else masked_sum(kl, mask, -1)
 
     def models(self) -> list[nn.Module]:
-        return [] if self._model is None else [self._model]
+        if self._model is not None:
+            return [self._model]
+        return [self.source] if isinstance(self.source, nn.Module) else []
 
 
 def _inputs(td: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -218,10 +232,33 @@ def _where_it_is(score: Any, model: nn.Module, batch: tuple[Tensor, ...], plan: 
     if not weight.untyped_storage().nbytes():
         raise ValueError(f"{type(model).__name__}: sleeps in host memory since offload(); call onload() first")
     if there == here:
+        return _within_context(score, model, batch, plan, options)
+    moved = {k: v.to(there) if isinstance(v, Tensor) else v for k, v in options.items()}
+    return _within_context(score, model, tuple(x.to(there) for x in batch), None, moved).to(here)
+
+
+def _within_context(
+    score: Any, model: nn.Module, batch: tuple[Tensor, ...], plan: Plan | None, options: dict[str, Any]
+) -> Tensor:
+    """Scores of the rows that the model's context can hold; NaN for those beyond it, which it never learned to read.
+
+    Where the widths alone show that all rows fit, as they mostly do, nothing is looked at.
+    """
+    prompt, prompt_mask, response, mask = batch
+    limit = context_length(model)  # type: ignore[arg-type]
+    if limit is None or prompt.shape[1] + response.shape[1] <= limit:
         result: Tensor = score(model, *batch, plan=plan, **options)
         return result
-    moved = {k: v.to(there) if isinstance(v, Tensor) else v for k, v in options.items()}
-    return score(model, *(x.to(there) for x in batch), **moved).to(here)  # type: ignore[no-any-return]
+    plan = scoring.make_plan(prompt_mask, mask) if plan is None else plan
+    long = longer_than(limit, prompt_mask, mask)
+    if not plan.packing or plan.longest > limit:
+        # One token stands for such a row: a table of positions ends before the whole.
+        first = prompt_mask & (prompt_mask.cumsum(1) == 1)
+        prompt_mask, mask = torch.where(long[:, None], first, prompt_mask), mask & ~long[:, None]
+        plan = scoring.make_plan(prompt_mask, mask, packing=plan.packing)
+    result = score(model, prompt, prompt_mask, response, mask, plan=plan, **options)
+    beyond = long if result.dim() == 1 else long[:, None] & batch[3]
+    return result.masked_fill(beyond, torch.nan)
 
 
 def _check_tokenizer(tokenizer: Any, source: ModelLike, what: str) -> None:

@@ -23,13 +23,14 @@ from torchbandit.batch import (
     PROMPT_MASK,
     RESPONSE,
     RESPONSE_MASK,
+    VALUES,
     Reduce,
     masked_sum,
     masked_whiten,
     require,
 )
 from torchbandit.models.offload import Sleeper
-from torchbandit.responses import any_row, has_stopped, last_token
+from torchbandit.responses import any_row, has_stopped, last_token, stop_ids_told
 from torchbandit.rewards.host import HostReward
 from torchbandit.rewards.model_terms import KLPenalty
 from torchbandit.rewards.normalize import AdaptiveCoefficient, RunningNormalizer
@@ -150,10 +151,12 @@ class RewardPipeline:
             td.set(PROMPT, known)
             odd[:, 1:] |= prompt_mask[:, 1:] < prompt_mask[:, :-1]  # not padded on the left
             broken |= any_row(odd)
+        if td.get(VALUES, None) is not None:  # a critic has none for a row beyond its context
+            broken = broken | any_row(~td[VALUES].isfinite() & mask)
         if td.get(FINISHED, None) is not None:
             require(td, FINISHED, shape=(rows,), dtype=torch.bool, device=self.device)
-        elif self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            td.set(FINISHED, has_stopped(response, mask, [self.tokenizer.eos_token_id]))
+        elif self.tokenizer is not None and (stops := stop_ids_told(self.tokenizer)):
+            td.set(FINISHED, has_stopped(response, mask, stops))
         elif any(term.missing_eos_penalty is not None for term in self.terms):
             raise ValueError(
                 '"finished": a term has a missing_eos_penalty, but td has no such key and the prompts no tokenizer '
@@ -278,7 +281,7 @@ class RewardPipeline:
         return ", ".join(why)
 
     def models(self) -> list[nn.Module]:
-        """The modules that the terms have loaded so far."""
+        """The modules that the terms were given, or have loaded so far."""
         return [module for term in self.terms for module in term.models()]
 
     def offload(self) -> int:

@@ -96,12 +96,10 @@ class BanditLoop(Algorithm):
                 f"learner(s)) in whole groups of {self._group_size}, got {size}"
             )
 
-    # --- one iteration ---------------------------------------------------------------------------------------------
-
     def training_step(self) -> None:
         """Sample, learn, and send the new weights to every runner that has a module of its own."""
         runner = self.env_runner_group.local_env_runner
-        self._before = None if runner is None else runner.place(), dict(self._places)
+        self._before = (None if runner is None else runner.place()), dict(self._places)
         with self.metrics.log_time((names.TIMERS, names.ENV_RUNNER_SAMPLING_TIMER)):
             batch = self._sample()
         self._before = None
@@ -113,11 +111,10 @@ class BanditLoop(Algorithm):
             )
             self._told |= [result.pop(TOLD) for result in results][-1]  # of all learners together, in each of them
             self.metrics.aggregate(results, key=names.LEARNER_RESULTS)
-        why = why_skipped(self._told.pop(SKIPPED_IN_A_ROW))
-        if why is not None:
+        if (why := why_skipped(self._told.pop(SKIPPED_IN_A_ROW))) is not None:
             raise ValueError(f"iteration {self.iteration + 1}: {why}")
         learned = time.perf_counter()
-        if not self._local:
+        if self.config.num_learners or self.env_runner_group.num_remote_env_runners():
             with self.metrics.log_time((names.TIMERS, names.SYNCH_WORKER_WEIGHTS_TIMER)):
                 self._broadcast(self.env_runner_group)
         # RLlib's timers are moving averages; these are of this iteration.
@@ -139,11 +136,6 @@ class BanditLoop(Algorithm):
         result: dict[str, Any] = super().step()
         return result | {BANDIT: dict(self._told)}
 
-    @property
-    def _local(self) -> bool:
-        """Everything in this process, one module for generating and learning."""
-        return bool(self.env_runner_group.num_remote_env_runners() == 0 and self.config.num_learners == 0)
-
     def _sample(self) -> MultiAgentBatch:
         runner = self.env_runner_group.local_env_runner
         if self.env_runner_group.num_remote_env_runners() == 0:
@@ -157,8 +149,7 @@ class BanditLoop(Algorithm):
             columns = answers[0]["rows"].keys()
             rows = {key: torch.cat([to_tensor(a["rows"][key]) for a in answers]) for key in columns}
         self._told = joined([a["told"] for a in answers])
-        unscorable = self._told["unscorable"]
-        if unscorable > 0.5:
+        if (unscorable := self._told["unscorable"]) > 0.5:
             why = "; ".join(sorted({a["why_unscorable"] for a in answers if a["why_unscorable"]}))
             raise ValueError(
                 f"iteration {self.iteration + 1}: {unscorable:.0%} of the batch has no valid score, more than half; "
@@ -209,8 +200,7 @@ class BanditLoop(Algorithm):
             self.env_runner_group.healthy_env_runner_ids()
         )
         while dead and time.monotonic() < deadline:
-            restored = self.restore_env_runners(self.env_runner_group)
-            if restored:
+            if restored := self.restore_env_runners(self.env_runner_group):
                 for worker in restored:
                     failed.pop(worker, None)
                 return True
@@ -222,9 +212,8 @@ class BanditLoop(Algorithm):
         restored: list[int] = list(env_runner_group.probe_unhealthy_env_runners() or [])
         if restored:
             self._counters["total_num_restored_workers"] += len(restored)
-            training = env_runner_group is self.env_runner_group
             self._broadcast.through_store(env_runner_group, restored)
-            if training:
+            if env_runner_group is self.env_runner_group:
                 self._send_places(restored)
             logger.warning("env runner(s) %s are back, with the learner's weights", restored)
         return restored
@@ -240,14 +229,11 @@ class BanditLoop(Algorithm):
 
         self.env_runner_group.foreach_env_runner(take, remote_worker_ids=workers, local_env_runner=False)
 
-    # --- evaluation and checkpoints ----------------------------------------------------------------------------------
-
     def evaluate(self, parallel_train_future: Any = None) -> Any:
         """RLlib's `evaluate()`; on the training env it leaves training's place in the prompts as it was."""
-        runner = self.env_runner_group.local_env_runner
         if self.eval_env_runner_group is not None:
             return super().evaluate(parallel_train_future)
-        if runner is None:
+        if (runner := self.env_runner_group.local_env_runner) is None:
             raise ValueError(
                 "evaluate: with num_env_runners > 0 there is no local runner to evaluate on; set "
                 ".evaluation(evaluation_num_env_runners=1) or an evaluation_interval"
@@ -284,9 +270,8 @@ class BanditLoop(Algorithm):
     def restore_from_path(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
         """As RLlib's, with the weights on every runner when it returns."""
         super().restore_from_path(_whole(path), *args, **kwargs)
-        for group in (self.env_runner_group, self.eval_env_runner_group):
-            if group is not None:
-                self._broadcast.through_store(group)
+        for group in filter(None, (self.env_runner_group, self.eval_env_runner_group)):
+            self._broadcast.through_store(group)
 
 
 def _whole(path: str | Path | None) -> str | Path | None:

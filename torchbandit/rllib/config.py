@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.util.debug import log_once
 
 from torchbandit.generation import Sampling
 from torchbandit.learn import PPO
@@ -74,10 +75,8 @@ class BanditConfig(AlgorithmConfig):
                 runner lives: it loads reward model and reference there, on `device`. It need not shard the prompts.
             sampling: as for `CausalLMPolicy`.
         """
-        if env_fn is not NotProvided:
-            self.env_fn = env_fn
-        if sampling is not NotProvided:
-            self.sampling = sampling
+        self.env_fn = self.env_fn if env_fn is NotProvided else env_fn
+        self.sampling = self.sampling if sampling is NotProvided else sampling
         return self
 
     def rl_module(
@@ -96,12 +95,12 @@ class BanditConfig(AlgorithmConfig):
             kwargs: RLlib's own.
         """
         given: dict[str, Any] = dict(
-            pretrained=pretrained, critic=critic, dtype=dtype, gradient_checkpointing=gradient_checkpointing,
-            packing=packing,
+            pretrained=_absolute(pretrained), critic=_absolute(critic), dtype=dtype, packing=packing,
+            gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
         for name, value in given.items():
             if value is not NotProvided:
-                setattr(self, name, _absolute(value) if name in ("pretrained", "critic") else value)
+                setattr(self, name, value)
         super().rl_module(**kwargs)
         return self
 
@@ -112,8 +111,7 @@ class BanditConfig(AlgorithmConfig):
         """What is learnt, and how.
 
         Args:
-            algo: a name of `torchbandit.learn.ALGORITHMS`, `package.module:Class`, or an `Algorithm`, as class or
-                instance.
+            algo: a name of `torchbandit.learn.ALGORITHMS`, `package.module:Class`, a class or an instance.
             ptx_data: corpus file, ids [M, L] int64 or (ids, mask), or a function `device -> batches` of (ids, mask).
             ptx_length: longest row of a corpus file.
             learner_class: a subclass of `BanditLearner` with a loss of one's own.
@@ -122,19 +120,14 @@ class BanditConfig(AlgorithmConfig):
                 of RLlib's lr (a number, or [[rows sampled, rate], …]), grad_clip (a norm; None or 0: no clipping),
                 num_epochs, minibatch_size (rows of an update and learner; None: the whole batch),
                 train_batch_size_per_learner (rows of an iteration) and optimizer (options of AdamW).
-        Raises:
-            ValueError: there is no such keyword; the nearest is named, or the algorithms that have it.
         """
-        if algo is not NotProvided:
-            self.algo = algo
-        if learner_class is not NotProvided:
-            self._learner_class = learner_class
+        self.algo = self.algo if algo is NotProvided else algo
+        self.ptx_length = self.ptx_length if ptx_length is NotProvided else ptx_length
+        self._learner_class = self._learner_class if learner_class is NotProvided else learner_class
         if ptx_data is not NotProvided:
             # A bare tensor as an attribute would break RLlib's own comparisons of config values.
             is_ids = isinstance(ptx_data, torch.Tensor)
             self.ptx_data = (ptx_data, torch.ones_like(ptx_data, dtype=torch.bool)) if is_ids else _absolute(ptx_data)
-        if ptx_length is not NotProvided:
-            self.ptx_length = ptx_length
         of_learner, own = keywords.of_learner(self.learner_class), keywords.of_algorithm(self.algo)
         rllibs: dict[str, Any] = {}
         for name, value in kwargs.items():
@@ -157,8 +150,6 @@ class BanditConfig(AlgorithmConfig):
         super().training(**rllibs)
         return self
 
-    # --- what the parts read ---------------------------------------------------------------------------------------
-
     @property
     def algorithm(self) -> Algorithm:
         """The algorithm with its options; ValueError where none is named, it is none, or it refuses an option."""
@@ -172,8 +163,6 @@ class BanditConfig(AlgorithmConfig):
             epochs=self.num_epochs, minibatches=parts, max_grad_norm=self.grad_clip or 0.0, seed=self.seed or 0,
             **{name: getattr(self, name) for name in keywords.UPDATE},
         )  # fmt: skip
-
-    # --- what RLlib asks of a config -------------------------------------------------------------------------------
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         """A `CausalLMModule` of this config: paths and settings, never weights (an actor restart needs them again)."""
@@ -198,6 +187,7 @@ class BanditConfig(AlgorithmConfig):
                 setattr(self, name, default)
         self._validate_bandit()
         self._validate_training()
+        log_once(f"{self.algo_class.__name__}_on_new_api_stack")  # as told; RLlib would advise its old stack
         super().validate()
 
     def _validate_bandit(self) -> None:
@@ -257,12 +247,6 @@ class BanditConfig(AlgorithmConfig):
                 f"training(ptx_coef={self.ptx_coef}): needs ptx_data, got none; give a corpus file, token tensors or a "
                 "function, or ptx_coef=0"
             )
-        if self.grad_clip_by != "global_norm":
-            raise ValueError(f'grad_clip_by: must be "global_norm", got {self.grad_clip_by!r}')
-        rows: int = self.train_batch_size_per_learner
-        size: Any = self.minibatch_size
-        if rows and size and size > rows:
-            raise ValueError(f"minibatch_size: must be at most train_batch_size_per_learner={rows}, got {size}")
 
 
 class BanditPPOConfig(BanditConfig):

@@ -12,11 +12,7 @@ from torchbandit.rllib.module import CausalLMModule, here
 
 
 def call_env_fn(env_fn: Callable[..., Any], worker_index: int, num_workers: int, device: torch.device) -> BanditEnv:
-    """The env of one runner, with its models loaded and its share of the prompts taken.
-
-    Raises:
-        ValueError: env_fn raised, or what it returned is no `BanditEnv` on `device` with a prompt for every runner.
-    """
+    """The env of one runner, models loaded, its share of the prompts taken; ValueError where it cannot be had."""
     made_by, world_size = _named(env_fn), max(1, num_workers)
     try:
         env = env_fn(worker_index, num_workers, device)

@@ -77,8 +77,6 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
                 raise
             self.problem = f"{type(error).__name__}: {error}"
 
-    # --- what it is made of --------------------------------------------------------------------------------------
-
     def make_env(self) -> None:
         """Call `env_fn` and take this runner's share of the prompts; ValueError where it cannot be had."""
         self.stop()
@@ -119,8 +117,6 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         """End the worker processes of host rewards."""
         if self.env is not None:
             self.env.close()
-
-    # --- sampling ------------------------------------------------------------------------------------------------
 
     def sample(
         self, *, num_timesteps: int | None = None, num_episodes: int | None = None, explore: bool | None = None,
@@ -216,19 +212,13 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
                 reduced |= {group: {**reduced.get(group, {}), last: stats} if last else stats}
         return reduced
 
-    # --- state ---------------------------------------------------------------------------------------------------
-
     def place(self) -> dict[str, Any]:
         """Where this runner stands: its draw of the prompts, the terms' statistics, its generator."""
         assert self.env is not None
         return {"env": pack(self.env.state_dict()), "generator": pack(self.generator.get_state())}
 
     def go_to(self, place: dict[str, Any], *, generator: bool = True) -> None:
-        """Go on where `place()` was taken.
-
-        Args:
-            generator: False keeps this runner's own one, for a place that another runner took.
-        """
+        """Go on where `place()` was taken; generator=False keeps this runner's own, for a place that is another's."""
         assert self.env is not None
         self.env.load_state_dict(unpack(place["env"]))
         if generator:
@@ -250,8 +240,7 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         """Take up weights and place, whichever are there."""
         if COMPONENT_RL_MODULE in state and self.module is not None and not self._shares_module:
             weights = state[COMPONENT_RL_MODULE]
-            if isinstance(weights, ray.ObjectRef):
-                weights = ray.get(weights)
+            weights = ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights
             try:
                 self.module.set_state(weights[DEFAULT_MODULE_ID])
                 self.problem = None
@@ -262,9 +251,8 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
             self.weights_seq_no = state.get(names.WEIGHTS_SEQ_NO, 0)
         if PLACE in state and self.env is not None:
             self.go_to(state[PLACE])
-        self.num_env_steps_sampled_lifetime = state.get(
-            names.NUM_ENV_STEPS_SAMPLED_LIFETIME, self.num_env_steps_sampled_lifetime
-        )
+        steps = state.get(names.NUM_ENV_STEPS_SAMPLED_LIFETIME, self.num_env_steps_sampled_lifetime)
+        self.num_env_steps_sampled_lifetime = steps
 
     def get_ctor_args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """For RLlib's checkpoints."""
@@ -277,7 +265,5 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
 
 def joined(each: Sequence[Metrics]) -> Metrics:
     """One line of metrics from those of several batches or runners: their mean, and the sum of what is counted."""
-    return {
-        name: fsum(numbers[name] for numbers in each) / (1 if name.startswith(COUNTED) else len(each))
-        for name in each[0]
-    }
+    sums = {name: fsum(numbers[name] for numbers in each) for name in each[0]}
+    return {name: number if name.startswith(COUNTED) else number / len(each) for name, number in sums.items()}

@@ -13,8 +13,7 @@ from torchbandit.learn import ALGORITHMS
 from torchbandit.learn.find import name_of, options_of, owners_of, unknown_option
 from torchbandit.learn.options import UpdateOptions
 
-OTHERWISE = {"epochs": "num_epochs", "max_grad_norm": "grad_clip", "minibatches": "minibatch_size, in rows",
-             "seed": "seed of .debugging"}  # fmt: skip
+OTHERWISE = dict(epochs="num_epochs", max_grad_norm="grad_clip", minibatches="minibatch_size", seed=".debugging's")
 UPDATE = {field.name: field.default for field in dataclasses.fields(UpdateOptions) if field.name not in OTHERWISE}
 """The fields of `UpdateOptions` that are keywords of `.training`, and their defaults."""
 RLLIB = ("lr", "grad_clip", "num_epochs", "minibatch_size", "train_batch_size_per_learner", "optimizer")

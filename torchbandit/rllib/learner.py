@@ -83,26 +83,15 @@ class BanditLearner(TorchLearner):
         params = [p for p in module.parameters() if p.requires_grad]
         self._masters = MasterOptimizer(params, **{"weight_decay": 0.0, **config.optimizer})
         self._loads_seen = module.num_loads
-        self.register_optimizer(
-            module_id=module_id, optimizer=self._masters.optimizer, params=params, lr_or_lr_schedule=config.lr
-        )
-
-    # --- learning ------------------------------------------------------------------------------------------------
+        optimizer = self._masters.optimizer
+        self.register_optimizer(module_id=module_id, optimizer=optimizer, params=params, lr_or_lr_schedule=config.lr)
 
     def update(
-        self,
-        batch: MultiAgentBatch | None = None,
-        *,
-        training_data: TrainingData | None = None,
-        timesteps: dict[str, Any] | None = None,
-        group_size: int = 1,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Learn from a stepped batch, or this learner's share of it: as RLlib's, whose loop over minibatches this is.
+        self, batch: MultiAgentBatch | None = None, *, training_data: TrainingData | None = None,
+        timesteps: dict[str, Any] | None = None, group_size: int = 1, **kwargs: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Learn from a stepped batch, or this learner's share of it; how it is cut stands in the config.
 
-        Args:
-            group_size: G, contiguous siblings.
-            kwargs: RLlib's own; how a batch is cut stands in the config.
         Returns:
             RLlib's results, and under `TOLD` the metrics as floats: those of all learners together, so each has them.
         """
@@ -183,8 +172,6 @@ class BanditLearner(TorchLearner):
         x = x.clone()
         torch.distributed.all_reduce(x)
         return x
-
-    # --- state -------------------------------------------------------------------------------------------------
 
     def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
         """RLlib's state, the batches learnt from, and the place in the ptx data."""

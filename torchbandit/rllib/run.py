@@ -69,11 +69,7 @@ def train(options: TrainOptions) -> Path:
 
 
 def to_config(options: TrainOptions, device: torch.device) -> BanditConfig:
-    """The same run as a `BanditConfig`.
-
-    Raises:
-        ValueError: rows do not divide over learners and minibatches, or learners would have to share a GPU.
-    """
+    """The same run as a `BanditConfig`; ValueError where rows do not divide, or learners would share a GPU."""
     assert options.policy is not None
     rows = _rows(options)
     runner_gpus, learner_gpus = gpu_shares(options) if device.type == "cuda" else (0.0, 0.0)
@@ -83,9 +79,8 @@ def to_config(options: TrainOptions, device: torch.device) -> BanditConfig:
 
     config = BanditConfig()
     config.bandit(env_fn=EnvOfOptions(options), sampling=build.build_sampling(options))
-    config.env_runners(
-        num_env_runners=options.env_runners, num_cpus_per_env_runner=1, num_gpus_per_env_runner=runner_gpus
-    )
+    runners = options.env_runners
+    config.env_runners(num_env_runners=runners, num_cpus_per_env_runner=1, num_gpus_per_env_runner=runner_gpus)
     config.learners(num_learners=options.learners, num_gpus_per_learner=learner_gpus, local_gpu_idx=device.index or 0)
     config.rl_module(
         pretrained=spec(options.policy),
@@ -128,10 +123,8 @@ def gpu_shares(options: TrainOptions) -> tuple[float, float]:
     """What of a GPU an env runner and a learner ask Ray for: fractions where there are more actors than GPUs.
 
     Ray fills the fullest GPU that still has room, runners first, and NCCL wants no two learners on one GPU. So a
-    runner's share is a little more, and a learner's what exactly m runners leave of a GPU.
-
-    Raises:
-        ValueError: several learners cannot each have a GPU of their own.
+    runner's share is a little more, and a learner's what exactly m runners leave of a GPU. ValueError where several
+    learners cannot each have a GPU of their own.
     """
     runners, learners = options.env_runners, options.learners
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -226,12 +219,8 @@ def flat_metrics(result: dict[str, Any], step: int, seconds: float, runners: int
     times["learn"] = float(result["time"]["learn_s"])
     times["sync"] = float(result["time"]["sync_s"])
     times["rest"] = max(0.0, seconds - sum(times.values()))
-    return (
-        {"step": step}
-        | result[BANDIT]
-        | {"samples_per_s": float(sampled["num_env_steps_sampled"]) / seconds}
-        | {f"time/{stage}_s": value for stage, value in times.items()}
-    )
+    rate = {"samples_per_s": float(sampled["num_env_steps_sampled"]) / seconds}
+    return {"step": step} | result[BANDIT] | rate | {f"time/{stage}_s": value for stage, value in times.items()}
 
 
 def _judged(algo: BanditAlgorithm, options: TrainOptions, device: torch.device) -> tuple[CausalLMModule, BanditEnv]:

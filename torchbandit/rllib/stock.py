@@ -70,7 +70,7 @@ def stock_ppo_config(
     envs = env if isinstance(env, BanditVectorEnv) else BanditVectorEnv(env)
     name = f"torchbandit-{id(envs)}"
     _LIVE[name] = envs
-    register_env(name, _Creator(name))
+    register_env(name, lambda context: _live(name))
     config = StockPPOConfig()
     config.environment(env=name)
     config.env_runners(
@@ -94,16 +94,6 @@ def stock_ppo_config(
         use_kl_loss=False, clip_param=0.2, vf_loss_coeff=0.5, grad_clip=1.0,
     )  # fmt: skip
     return config
-
-
-class _Creator:
-    """RLlib asks for the env by name, in whatever process."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, context: Any) -> BanditVectorEnv:
-        return _live(self.name)
 
 
 def _live(name: str) -> BanditVectorEnv:

@@ -37,10 +37,10 @@ class _Part(NamedTuple):
 
     def q(self, line: Tensor) -> Tensor:
         """[N, heads, D] -> [n, heads, L, D], a view."""
-        return line[self.queries].unflatten(0, (self.num, -1))[:, self.of_q].transpose(1, 2)
+        return _cut(line[self.queries], self.num, self.of_q)
 
     def k(self, line: Tensor) -> Tensor:
-        return line[self.keys].unflatten(0, (self.num, -1))[:, self.of_k].transpose(1, 2)
+        return _cut(line[self.keys], self.num, self.of_k)
 
 
 def forward(
@@ -102,6 +102,11 @@ def _parts(query: Tensor, starts_q: Tensor, starts_k: Tensor, causal: bool, wind
             hidden = (at_k > at_q) | (at_q - at_k >= window)
             mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
             yield _Part(num, queries, keys, slice(begin, end), slice(seen_from, end), False, mask)
+
+
+def _cut(line: Tensor, num: int, tokens: slice) -> Tensor:
+    segments: Tensor = line.unflatten(0, (num, -1))
+    return segments[:, tokens].transpose(1, 2)
 
 
 def _lengths(starts: Tensor) -> list[int]:

@@ -61,7 +61,7 @@ def build_accelerator(options: TrainOptions, device: torch.device) -> Accelerato
 
 
 def build_prompts(options: TrainOptions, path: str, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """The prompts of a JSONL file, cut to what the policy's context leaves beside a whole response."""
+    """The prompts of a file, of no more tokens than what the policy's context leaves beside a whole response."""
     assert options.policy is not None
     context = _context(options.policy, tokenizer)
     room = context - options.max_new_tokens
@@ -76,7 +76,22 @@ def build_prompts(options: TrainOptions, path: str, tokenizer: PreTrainedTokeniz
             f"max_prompt_length, max_new_tokens: together at most the policy's context of {context} tokens, "
             f"got {length} and {options.max_new_tokens}"
         )
-    return PromptSet.from_jsonl(path, tokenizer, prompt_key=options.prompt_key, max_length=length, chat=options.chat)
+    template = options.prompt_template
+    return PromptSet.from_file(
+        path,
+        tokenizer,
+        prompt_key=options.prompt_key,
+        max_length=length,
+        option="--prompts",
+        chat=options.chat,
+        prompt_template=None if template is None else template.replace("\\n", "\n"),  # as a shell hands it over
+        system_prompt=options.system_prompt,
+        chat_template=options.chat_template,
+        chat_template_kwargs=options.chat_template_kwargs or {},
+        last_turn=options.last_turn,
+        on_bad_row=options.on_bad_row,
+        overlong=options.overlong,
+    )
 
 
 def _context(policy: str, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -168,7 +183,7 @@ def build_corpus(
     if path is None:
         return None
     length = ptx_length(options, tokenizer)
-    return Corpus.from_file(path, tokenizer, max_length=length, seed=options.seed, device=device)
+    return Corpus.from_file(path, tokenizer, key=options.ptx_key, max_length=length, seed=options.seed, device=device)
 
 
 def ptx_length(options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -14,6 +13,7 @@ from torchbandit import batch
 from torchbandit.corpus import Corpus
 from torchbandit.env import BanditEnv
 from torchbandit.policy import CausalLMPolicy
+from torchbandit.texts import response_texts
 
 
 @dataclass
@@ -94,9 +94,8 @@ def _samples(
 ) -> list[Sample]:
     num = min(num, len(td))
     texts = env.prompts.texts(td[batch.PROMPT_ID][:num])
+    responses = response_texts(td, policy.tokenizer, range(num))
     samples = []
     for row in range(num):
-        ids = td[batch.RESPONSE][row][td[batch.RESPONSE_MASK][row]].tolist()
-        text: Any = policy.tokenizer.decode(ids, skip_special_tokens=True)
-        samples.append(Sample(texts[row], text, {name: term[row].item() for name, term in terms.items()}))
+        samples.append(Sample(texts[row], responses[row], {name: term[row].item() for name, term in terms.items()}))
     return samples

@@ -11,7 +11,6 @@ import math
 import warnings
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -29,6 +28,7 @@ from torchbandit.learn.seeds import sampling_seed
 from torchbandit.learn.update import SKIPPED_IN_A_ROW, Update, why_skipped
 from torchbandit.losses import Loss
 from torchbandit.masters import MasterOptimizer
+from torchbandit.models import check_apart
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.train.options import LoopOptions
 
@@ -114,6 +114,7 @@ class BanditTrainer:
         sampling = policy.sampling
         if sampling.temperature <= 0 or sampling.top_k or sampling.top_p != 1:
             raise ValueError(f"sampling: training draws with a temperature above 0 alone, got {sampling}")
+        check_apart(policy, {term.name: term.models() for term in self.env.rewards.terms})
         if policy.device != self.env.device:
             raise ValueError(f"device: the policy is on {policy.device}, the env on {self.env.device}; use one device")
 
@@ -198,10 +199,6 @@ class BanditTrainer:
         o = self.options
         for group in self.optimizer.param_groups:
             group["lr"] = o.lr * schedule_factor(o.schedule, self.steps_done, o.steps, o.warmup_steps)
-
-    def any_rank(self, flag: bool) -> bool:
-        """True on every rank if it is on one, so that all leave the loop together."""
-        return self._reduce(torch.tensor(float(flag), device=self.env.device)).item() > 0
 
     def position(self) -> dict[str, Any]:
         """Where the run stands, without weights and moments: cheap enough to take before every step."""

@@ -75,12 +75,20 @@ class TrainOptions(LoopOptions):
         reward_model: One-label sequence classifier; several are averaged.
         reward: Rewards `package.module:function`: a torch function of the TensorDict, returning [B] or [B, T].
         host_reward: String functions `package.module:function`, called as fn(prompts, completions, **columns).
-        prompts: JSONL file with a prompt a line.
-        prompt_key: Key of the prompt in each line.
-        max_prompt_length: Longer prompts keep their last tokens. Default: what the context leaves.
+        prompts: File, folder, glob or hub dataset (name:split) of prompts: JSONL, JSON, CSV, TSV, Parquet, Arrow, text.
+        prompt_key: Column of the prompt: a text, or a list of chat messages.
+        prompt_template: Makes the prompt of a row's columns, as "Q: {question}\\nA:"; \\n is a newline.
+        max_prompt_length: Tokens of a prompt; see overlong. Default: what the context leaves.
         chat: Render prompts with the tokenizer's chat template.
+        system_prompt: Put in front of each chat that has none of its own.
+        chat_template: Jinja file, in place of the tokenizer's template.
+        chat_template_kwargs: Variables of the template, as JSON.
+        last_turn: Of a chat that ends with the assistant: continue it, or drop it as an answer.
+        on_bad_row: Of rows without a prompt: error, or skip.
+        overlong: Of longer prompts: error, drop, or cut to the last tokens. Default: texts are cut, chats an error.
         critic: "head" for a value head on the policy, or a model of its own. Default: what the algorithm needs.
-        ptx_data: Pretraining text (JSONL with "text", or plain text).
+        ptx_data: Pretraining text: any of those files; in a text file, documents are parted by blank lines.
+        ptx_key: Column of the pretraining text.
         ptx_length: Tokens a pretraining row.
         eval_prompts: Held-out prompts, scored before and after. Default: none, the first training prompts serve.
         eval_ptx_data: Held-out text, its loss taken before and after.
@@ -126,8 +134,16 @@ class TrainOptions(LoopOptions):
     prompt_key: str = "prompt"
     max_prompt_length: int | None = None
     chat: bool = False
+    prompt_template: str | None = None
+    system_prompt: str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    last_turn: Literal["continue", "drop"] | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
+    overlong: Literal["error", "drop", "cut"] | None = None
     critic: str | None = None
     ptx_data: str | None = None
+    ptx_key: str = "text"
     ptx_length: int = 512
     eval_prompts: str | None = None
     eval_ptx_data: str | None = None
@@ -170,7 +186,7 @@ class TrainOptions(LoopOptions):
                 "policy: must be a folder or hub id, got none; the demo is TrainOptions(**demo_defaults())"
             )
         if self.prompts is None:
-            raise ValueError("prompts: must be given with policy, got none; pass a JSONL file with a prompt a line")
+            raise ValueError("prompts: must be given with policy, got none; pass a file with a prompt a row")
         if not (self.reward_model or self.reward or self.host_reward):
             raise ValueError("reward_model: give a reward_model, a reward or a host_reward; got none of them")
         self._check_numbers()

@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from torchbandit.env import BanditEnv
+from torchbandit.learn.metrics import Metrics
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.train import build, checkpoint, folder, report
 from torchbandit.train.evaluate import Evaluation, evaluate
 from torchbandit.train.loop import BanditTrainer
-from torchbandit.learn.metrics import Metrics
 from torchbandit.train.options import TrainOptions
 from torchbandit.train.signals import say, stop_signals
 from torchbandit.train.steps import run_steps
@@ -39,7 +39,7 @@ def train(options: TrainOptions) -> Path:
     out = Path(options.out)
     accelerator = build.build_accelerator(options, device)
     main = accelerator.is_main_process
-    with folder.claim(out, options.resume) if main else contextlib.nullcontext(), stop_signals(patient=False):
+    with stop_signals(patient=False), folder.claim(out, options.resume) if main else contextlib.nullcontext():
         if options.resume:
             if main:
                 folder.recover(out / "checkpoint")

@@ -47,6 +47,7 @@ def stop_signals(patient: bool) -> Iterator[list[int]]:
         StoppedAtOnce: see `patient`; the one after it has the system's own way, which no cleaning up can hold up.
     """
     seen: list[int] = []
+    raised: list[StoppedAtOnce] = []
     first_s = 0.0
     launched = int(os.environ.get("WORLD_SIZE") or 1) > 1
 
@@ -65,8 +66,9 @@ def stop_signals(patient: bool) -> Iterator[list[int]]:
             return
         for other in former:
             signal.signal(other, signal.SIG_DFL)
-        again = "; the last checkpoint is whole, go on with the same command and --resume" if patient else ""
-        raise StoppedAtOnce(f"interrupted by {signal.Signals(number).name}{again}", number)
+        told = f"interrupted by {signal.Signals(number).name}; what was saved before is whole, --resume goes on there"
+        raised.append(StoppedAtOnce(told, number))
+        raise raised[0]
 
     former = {}
     try:
@@ -78,6 +80,11 @@ def stop_signals(patient: bool) -> Iterator[list[int]]:
         former = {}
     try:
         yield seen
+    except KeyboardInterrupt as error:
+        # Ray, waiting in its own code, makes a plain one of ours, which says neither why nor which signal.
+        if raised and error is not raised[0]:
+            raise raised[0] from error
+        raise
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

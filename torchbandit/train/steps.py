@@ -11,8 +11,8 @@ from typing import Protocol
 
 from accelerate import Accelerator
 
-from torchbandit.train import report
 from torchbandit.learn.metrics import Metrics
+from torchbandit.train import report
 from torchbandit.train.options import TrainOptions
 from torchbandit.train.signals import STOPS, Interrupted, say, stop_signals
 

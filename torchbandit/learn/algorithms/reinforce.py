@@ -89,9 +89,10 @@ class ReinforcePlusPlusBaseline(ReinforcePlusPlus):
     def baseline(self, td: TensorDictBase, group_size: int) -> Tensor:
         """The mean reward of the row's group over the rows with a valid score: [B]."""
         reward, counted = row_reward(td), scorable(td)
-        groups, count = losses.keep(reward, counted).view(-1, group_size), counted.view(-1, group_size)
-        mean = groups.sum(-1, keepdim=True) / count.sum(-1, keepdim=True).clamp(min=1)
-        return mean.expand_as(groups).flatten()
+        # In a constant group this is the reward itself: a mean that is off by a rounding would be whitened to an
+        # advantage, and Adam makes a whole step of any gradient.
+        centred = losses.group_advantages(reward, group_size, scale="none", scorable=counted)
+        return losses.keep(reward, counted) - centred
 
 
 @dataclass(frozen=True)
