@@ -13,6 +13,7 @@ import pytest
 
 import torchbandit
 from torchbandit import cli
+from torchbandit.commands.layout import lay_out
 
 RAN: list[Any] = []
 
@@ -123,6 +124,10 @@ def test_every_option_is_a_key(tmp_path: Path) -> None:
         ("--path p --steps x", "--steps: must be int, got x"),
         ("--path p --steps 1.5", "--steps: must be int, got 1.5"),
         ("--path p --kind boat", "--kind: must be bear or train, got boat"),
+        ("--path p --fast maybe", "--fast: must be true or false, got maybe"),
+        ("--path p --steps null", "--steps: must be int, got null"),
+        ("--path p --rate nan", "--rate: must be a finite number, got nan"),
+        ("--path p --rate .inf", "--rate: must be a finite number, got inf"),
         ("--path p --packing boat", "--packing: must be true or false or auto, got boat"),
         ("--path p --limit x", "--limit: must be int or null, got x"),
         ("--path p --steps 0", "steps: must be at least 1, got 0"),
@@ -140,6 +145,24 @@ def test_a_bad_option_is_one_message(argv: str, says: str, capsys: pytest.Captur
     [
         ("stpes: 3", "unknown option stpes; did you mean steps?"),
         ("steps: x", "steps: must be int, got x"),
+        ("steps: null", "steps: must be int, got null"),
+        ("steps: true", "steps: must be int, got True"),
+        ("steps: 1.5", "steps: must be int, got 1.5"),
+        ("steps: [1]", "steps: must be int, got [1]"),
+        ("rate: null", "rate: must be a finite number, got null"),
+        ("rate: .nan", "rate: must be a finite number, got nan"),
+        ("rate: .inf", "rate: must be a finite number, got inf"),
+        ("fast: null", "fast: must be true or false, got null"),
+        ("fast: 1", "fast: must be true or false, got 1"),
+        ("kind: null", "kind: must be bear or train, got null"),
+        ("packing: null", "packing: must be true or false or auto, got null"),
+        ("path: null", "path: must be text, got null"),
+        ("path: 3", "path: must be text, got 3"),
+        ("names: null", "names: must be one or more of text, got null"),
+        ("names: [a, null]", "names: must be one or more of text, got null"),
+        ("steps: 3\nsteps: 4", "steps stands there 2 times; keep one"),
+        ("null: 3", "unknown option None"),
+        ("print_config: true", "unknown option print_config"),
         ("- steps", "must hold one option a line, `key: value`, got list"),
         ("steps: [", "must be YAML; "),
     ],
@@ -198,6 +221,20 @@ def test_help_says_what_the_docstring_says(capsys: pytest.CaptureFixture[str]) -
     assert "How many. (default: 100)" in " ".join(out.split()), "a base's fields are told too"
 
 
+def test_print_config_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["1e-6", "null", "a: b", "#", "x\ny", "é", "", "yes", "2024-01-01", "[a]", "'"]
+    assert cli.main(["toy", "--path", "3", "--rate", "1e-6", "--names", *texts, "--print-config"]) == 0
+    out, err = capsys.readouterr()
+    assert not RAN and not err and "rate: 1.0e-06\n" in out and "limit: null\n" in out
+    config = write(tmp_path / "run.yaml", out)
+    assert cli.main(["toy", "--config", config]) == 0
+    assert RAN.pop() == Toy(path="3", rate=1e-6, names=texts)
+    assert cli.main(["toy", "--config", config, "--print-config"]) == 0
+    assert capsys.readouterr().out == out
+    assert cli.main(["toy", "--config", config, "--print-config", "--steps", "0"]) == 2
+    assert not capsys.readouterr().out
+
+
 def test_the_overview_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == cli.main(["--help"]) == cli.main(["--version"]) == 0
     out = capsys.readouterr().out
@@ -229,8 +266,8 @@ def test_train_with_a_policy_is_its_own(commands: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("command", ["train", "score", "profile", "bench", "pull"])
 def test_every_option_has_its_help(command: str, commands: Callable[..., Any]) -> None:
-    parser = cli._parser(command, cli._options_class(command))
-    assert not [action.dest for action in parser._actions if not (action.help or "").strip()]
+    options = lay_out(cli.COMMANDS[command]).options
+    assert len(options) > 1 and not [option.name for option in options.values() if not option.help]
 
 
 def test_bench_takes_its_first_word_bare(commands: Callable[..., Any]) -> None:

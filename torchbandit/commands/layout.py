@@ -102,7 +102,7 @@ def check_known(command: Command, layout: Layout, name: str, shown: str, hint: s
     if name in layout.options:
         return
     if name in command.elsewhere:
-        raise UsageError(f"{name}: is no option of the command line; {command.elsewhere[name]}")
+        raise UsageError(f"{name}: is no option here: {command.elsewhere[name]}")
     if layout.algo is not None:
         from torchbandit.learn.find import owners_of, unknown_option
 

@@ -42,11 +42,11 @@ GROUPS = {
 }  # fmt: skip
 """Every option of `TrainOptions`, under one heading each. The algorithm's own stand after `algorithm`."""
 
-_OTHER_SAMPLER = "is for responses that another engine sampled, which `torchbandit train` never has; leave it out"
+_OTHER_SAMPLER = "it is for responses that another engine sampled, which `torchbandit train` never has; leave it out"
 ELSEWHERE = {
     "algo_options": "give the algorithm's options by their own names, as --clip-high 0.28 or the key clip_high",
-    "loss_kl_coef": "follows from kl_coef and kl_in; give kl_coef, with kl_in=loss",
-    "loss_kl_estimator": "follows from kl_estimator and kl_in; give kl_estimator, with kl_in=loss",
+    "loss_kl_coef": "it follows from kl_coef and kl_in; give kl_coef, with kl_in=loss",
+    "loss_kl_estimator": "it follows from kl_estimator and kl_in; give kl_estimator, with kl_in=loss",
     "mismatch": _OTHER_SAMPLER,
     "mismatch_per": _OTHER_SAMPLER,
     "mismatch_cap": _OTHER_SAMPLER,
