@@ -219,8 +219,8 @@ def flat_metrics(result: dict[str, Any], step: int, seconds: float, runners: int
     times["learn"] = float(result["time"]["learn_s"])
     times["sync"] = float(result["time"]["sync_s"])
     times["rest"] = max(0.0, seconds - sum(times.values()))
-    rate = {"samples_per_s": float(sampled["num_env_steps_sampled"]) / seconds}
-    return {"step": step} | result[BANDIT] | rate | {f"time/{stage}_s": value for stage, value in times.items()}
+    timed = {f"time/{stage}_s": value for stage, value in times.items()}
+    return {"step": step, **result[BANDIT], "samples_per_s": sampled["num_env_steps_sampled"] / seconds, **timed}
 
 
 def _judged(algo: BanditAlgorithm, options: TrainOptions, device: torch.device) -> tuple[CausalLMModule, BanditEnv]:
