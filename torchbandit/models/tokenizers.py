@@ -54,8 +54,8 @@ def check_embeddings(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
         return
     token = next(token for token, at in sorted(tokenizer.get_vocab().items(), key=lambda x: x[1]) if at >= rows)
     raise ValueError(
-        f"{what}: must have an embedding for every id of the tokenizer, got {rows} embeddings for {size} ids (the first "
-        f"beyond: {token!r}); call model.resize_token_embeddings({size}), or use the tokenizer that it was trained with"
+        f"{what}: must have an embedding for every id of the tokenizer, got {rows} embeddings for {size} ids (the "
+        f"first beyond: {token!r}); call model.resize_token_embeddings({size}), or use its own tokenizer"
     )
 
 
