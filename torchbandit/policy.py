@@ -74,7 +74,7 @@ class CausalLMPolicy(nn.Module):
         packing: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        self.device = torch.empty((), device=device).device
+        self.device = batch.resolved(device)
         self.lm = load_causal_lm(model, self.device, dtype=dtype, trainable=trainable)
         if tokenizer is None:
             if not isinstance(model, (str, Path)) and not hasattr(model, "path"):

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchbandit.generation.cache import LayerShape, Unfit, bytes_per_place, layer_shapes
@@ -151,7 +152,7 @@ def _check(
         raise ValueError(
             f"prompt_ids: must be on the model's device {model.device}, got {prompt_ids.device}; move them"
         )
-    size = model.get_input_embeddings().weight.shape[0]
+    size = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     if (
         prompt_ids.device.type == "cpu" and not 0 <= int(prompt_ids.min()) <= int(prompt_ids.max()) < size
     ):  # a free look

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -146,7 +146,7 @@ class _Forward:
         if self.cache is not None:
             n = next(n for n in map(_rows_of, self.cache.layers) if n)
             rows = torch.arange(n, device=self.model.device).repeat_interleave(times)
-            self.cache.reorder_cache(rows)
+            self.cache.reorder_cache(cast(torch.LongTensor, rows))
         if self.ids is not None:
             self.ids = self.ids.repeat_interleave(times, 0)
 
