@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from torchbandit.generation.cache import LayerShape, Unfit, bytes_per_place, layer_shapes
 from torchbandit.generation.engine import Engine
-from torchbandit.generation.plain import generate_plain, require_causal
+from torchbandit.generation.plain import generate_plain
 from torchbandit.generation.sampling import Generated, Sampling
 from torchbandit.models import evaluating
 
@@ -70,8 +70,6 @@ def generate(
     _check(model, prompt_ids, prompt_mask, sampling, generator, group_size)
     stops = tuple(stop_ids if sampling.stop_ids is None else sampling.stop_ids)
     with evaluating(model):
-        if model not in _engines and model not in _unfit:
-            require_causal(model)
         if model not in _unfit:
             try:
                 engine = _engine(model, prompt_ids.shape[0], prompt_ids.shape[1], sampling)

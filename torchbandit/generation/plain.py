@@ -166,6 +166,7 @@ def _try_out(model: PreTrainedModel) -> Manner:
     Raises:
         ValueError: the model does not run on tokens alone.
     """
+    _require_causal(model)
     config = model.config.get_text_config()
     known = [i for i in range(2, 17) if i != config.pad_token_id][:12]
     ids = torch.tensor(known, device=model.device).view(2, 6) % int(config.vocab_size)
@@ -188,7 +189,7 @@ def _try_out(model: PreTrainedModel) -> Manner:
     return Manner(caches, pads)
 
 
-def require_causal(model: PreTrainedModel) -> None:
+def _require_causal(model: PreTrainedModel) -> None:
     """Refuse a model whose logits of a token depend on later ones: what it generates would be changed by what follows.
 
     Raises:
