@@ -75,7 +75,7 @@ class CausalLMPolicy(nn.Module):
         packing: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        self.device = torch.empty((), device=device).device
+        self.device = batch.resolved(device)
         self.lm = load_causal_lm(model, self.device, dtype=dtype, trainable=trainable)
         if tokenizer is None:
             if not isinstance(model, (str, Path)) and not hasattr(model, "path"):
@@ -96,8 +96,8 @@ class CausalLMPolicy(nn.Module):
             # Zero weights: the first values are 0 and do not steer the first advantages.
             size = getattr(self.lm.config.get_text_config(), "hidden_size", None)
             if not isinstance(size, int):
-                raise ValueError(f"critic: {type(self.lm).__name__} must say its hidden_size to carry a value head, got "
-                                 f"{size}; name a critic model of its own")  # fmt: skip
+                raise ValueError(f"critic: {type(self.lm).__name__} must say its hidden_size to carry a value head, "
+                                 f"got {size}; name a critic model of its own")  # fmt: skip
             self.value_head = nn.Linear(size, 1, device=self.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
