@@ -165,7 +165,7 @@ def test_folders_globs_and_splits(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no file of a split 'dev', but"):
         read(f"{tmp_path}:dev")
     with pytest.raises(
-        ValueError, match=r"only a folder or a dataset of the hub has splits, got a file; name .*b.jsonl alone"
+        ValueError, match=r"only a folder or a dataset of the hub has splits, and .*b.jsonl is a file"
     ):
         read(f"{tmp_path}/b.jsonl:train")
     put(tmp_path / "picture.png", b"")
