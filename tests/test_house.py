@@ -24,6 +24,7 @@ FLOORS = (  # from the ground up; a file may import from lower floors, and from 
     {"adapters", "train", "testing", "score", "pull", "profile"},
     {"rllib"},  # hands on the Gymnasium adapter, and runs the command line's options and reports
     {"bench"},  # measures all of it
+    {"commands"},
     {"cli"},
     {"__main__"},
 )
@@ -38,7 +39,8 @@ HOME = {  # a third party, and the only places that may import it when they run
     "datasets": {"read/arrow", "bench"},
     "pyarrow": {"read/arrow"},
     "numpy": {"rllib", "adapters", "bench"},
-    "jsonargparse": {"cli"},
+    "jsonargparse": {"commands"},
+    "yaml": {"commands", "bench/peers"},
     "huggingface_hub": {"models/hub"},
     "bitsandbytes": {"models/quantize"},
     "torchao": {"models/quantize"},

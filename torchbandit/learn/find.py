@@ -97,6 +97,10 @@ def make_algorithm(algo: str | type[Algorithm] | Algorithm | None, options: dict
     for option in options:
         if option not in own:
             raise ValueError(unknown_option(option, name_of(algo), own))
+    for field in dataclasses.fields(cls):
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and field.name not in options and not isinstance(algo, Algorithm):
+            raise ValueError(f"{field.name}: must be given for {name_of(algo)}, which has no default for it")
     return dataclasses.replace(algo, **options) if isinstance(algo, Algorithm) else cls(**options)
 
 

@@ -179,6 +179,8 @@ class TrainOptions(LoopOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.algorithm = make_algorithm(self.algo, self.algo_options)
+        # What came out stands in the fields, so that runs compare by all that decides them.
+        self.algo_options = {own.name: getattr(self.algorithm, own.name) for own in fields(self.algorithm)}
         if self.policy is None:
             raise ValueError(
                 "policy: must be a folder or hub id, got none; the demo is TrainOptions(**demo_defaults())"
@@ -231,6 +233,10 @@ class TrainOptions(LoopOptions):
             raise ValueError(f"critic: {self.algo} has no use for one, got {self.critic!r}; leave it out")
         if algorithm.needs_critic and self.critic is None:
             self.critic = "head"
+        if self.critic in ("", "none", "null"):
+            raise ValueError(
+                f"critic: {self.algo} needs one, got {self.critic!r}; 'head' is a value head on the policy"
+            )
         if self.max_draws != 4 and not self.refill:
             raise ValueError(f"max_draws={self.max_draws}: is of dynamic sampling; add refill")
 
@@ -254,6 +260,8 @@ class TrainOptions(LoopOptions):
         if self.loss_kl_coef not in (0.0, self.kl_coef):
             raise ValueError(f"loss_kl_coef: follows from kl_coef and kl_in, got {self.loss_kl_coef}; set those")
         self.kl_where, self.kl_estimate = where, estimator
+        if self.kl_coef:
+            self.kl_in, self.kl_estimator = where, estimator
         if where == "loss":
             self.loss_kl_coef, self.loss_kl_estimator = self.kl_coef, estimator
 
@@ -267,17 +275,20 @@ def demo_defaults(given: Collection[str] = (), algo: str = DEFAULT_ALGORITHM) ->
 
     Args:
         given: names of the options that the user has set.
-        algo: the algorithm, whose own options are among the settings.
+        algo: the algorithm, whose own options are among the settings, as `algo_options`.
     Raises:
         ValueError: one of them is a model or prompt file, which the demo's tokenizer could not read.
     """
-    own = [name for name in ("prompts", "reward_model", "reference", "critic") if name in given]
+    algorithm = find_algorithm(algo)
+    files = ["prompts", "reward_model", "reference"] + ["critic"] * algorithm.needs_critic
+    own = [name for name in files if name in given]
     if own:
         raise ValueError(
             f"policy: must be given with {own[0]}, got none; the demo's policy reads the demo's tokens only. Pass "
             "policy, prompts and a reward of your own, or none of them"
         )
-    own_options = {option.name for option in fields(find_algorithm(algo))}
+    own_options = {option.name for option in fields(algorithm)}
+    settings = DEMO_SETTINGS | {"group_size": max(DEMO_SETTINGS["group_size"], algorithm.least_group_size)}
     return {
         "policy": str(demo.SFT),
         "reward_model": [str(demo.REWARD_MODEL)],
@@ -287,4 +298,4 @@ def demo_defaults(given: Collection[str] = (), algo: str = DEFAULT_ALGORITHM) ->
         "eval_ptx_data": str(demo.HELDOUT_CORPUS),
         "name": "demo",
         "algo_options": {name: value for name, value in DEMO_ALGO_OPTIONS.items() if name in own_options},
-    } | DEMO_SETTINGS
+    } | settings
