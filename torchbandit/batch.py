@@ -99,6 +99,8 @@ def resolved(device: str | torch.device) -> torch.device:
     Raises:
         ValueError: torch does not know it, or this machine or build of torch has none.
     """
+    import torch
+
     try:
         return torch.empty((), device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -109,7 +109,8 @@ class CausalLMPolicy(nn.Module):
             self.critic = load_reward_model(critic, self.device, dtype=dtype, trainable=trainable)
             check_embeddings(tokenizer, self.critic, "critic")
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.stop_ids = self.sampling.stop_ids or stop_ids_of(self.lm, tokenizer)
+        own = self.sampling.stop_ids  # (): nothing stops
+        self.stop_ids = stop_ids_of(self.lm, tokenizer) if own is None else own
         tell_stop_ids(tokenizer, self.stop_ids)
         self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
