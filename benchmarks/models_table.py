@@ -2,9 +2,9 @@
 
     python benchmarks/models_table.py [--only qwen3 lfm2 ...] [--write docs/models-table.md]
 
-A cell says "yes", or why not; "WRONG" and "TRACE" are faults. Each column is compared with transformers alone, one row at
-a time, unpadded: greedy responses of groups, log-probs, gradients, values of a critic head, and log-probs after saving
-and loading.
+A cell says "yes", or why not; "WRONG" and "TRACE" are faults. Each column is compared with transformers alone, one row
+at a time, unpadded: greedy responses of groups, log-probs, gradients, values of a critic head, and log-probs after
+saving and loading.
 """
 
 from __future__ import annotations
@@ -46,18 +46,20 @@ SIZES: dict[str, Any] = {
     "num_layers": 2, "decoder_layers": 2, "encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_layers": 2,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4,
     "encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "num_encoder_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "d_head": 8, "d_kv": 8, "max_position_embeddings": 256, "n_positions": 256,
-    "n_ctx": 256, "max_seq_len": 256, "max_target_positions": 256, "max_source_positions": 256, "seq_length": 256,
-    "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
-    "moe_num_experts": 4, "moe_k": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 8, "qk_head_dim": 16, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "state_size": 8, "n_groups": 1, "mamba_n_groups": 1,
-    "index_head_dim": 8, "index_n_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": V, "sliding_window": 16,
-    "attention_chunk_size": 64, "lru_width": 32, "chunk_size": 8, "time_step_rank": 4, "conv_kernel": 4, "rotary_dim": 4,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_kv_shared_layers": 0, "query_pre_attn_scalar": 8,
-    "rnn_hidden_size": 32, "attention_hidden_size": 32, "expand": 2, "mamba_ngroups": 1, "num_memory_blocks": 1,
+    "num_key_value_heads": 2, "head_dim": 8, "d_head": 8, "d_kv": 8, "max_position_embeddings": 256,
+    "n_positions": 256, "n_ctx": 256, "max_seq_len": 256, "max_target_positions": 256, "max_source_positions": 256,
+    "seq_length": 256, "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_num_experts": 4, "moe_k": 2, "q_lora_rank": 16,
+    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
+    "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_num_heads": 4,
+    "mamba_head_dim": 16, "ssm_state_size": 8, "state_size": 8, "n_groups": 1, "mamba_n_groups": 1,
+    "index_head_dim": 8, "index_n_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": V, "sliding_window": 16, "attention_chunk_size": 64, "lru_width": 32,
+    "chunk_size": 8, "time_step_rank": 4, "conv_kernel": 4, "rotary_dim": 4, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "num_kv_shared_layers": 0, "query_pre_attn_scalar": 8, "rnn_hidden_size": 32,
+    "attention_hidden_size": 32, "expand": 2, "mamba_ngroups": 1, "num_memory_blocks": 1,
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {  # where one architecture's sizes must agree in a way of its own
     "mamba2": {"num_heads": 4, "head_dim": 16},
@@ -67,7 +69,11 @@ OWN: dict[str, dict[str, Any]] = {  # where one architecture's sizes must agree 
     "bamba": {"attn_layer_indices": [1]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "mamba_headdim": 16, "n_mamba_heads": 4},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "mamba_headdim": 16,
+               "n_mamba_heads": 4, "attention_head_dim": 16, "attention_hidden_size": 64},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "deepseek_v2": {"head_dim": 8, "num_key_value_heads": 4}, "deepseek_v3": {"num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "zamba": {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 2},
     "nemotron_h": {"layers_block_type": ["mamba", "attention"]},
     "bert": {"is_decoder": True}, "roberta": {"is_decoder": True}, "electra": {"is_decoder": True},
@@ -102,7 +108,7 @@ def tiny(kind: str) -> PreTrainedModel:
             torch.nn.init.normal_(weight, std=0.05)
     with torch.no_grad():
         model.eval()(input_ids=torch.arange(3, 9)[None])  # sizes that do not fit together are no fault of ours
-    return model
+    return load_causal_lm(model, "cpu")
 
 
 def _config(kind: Any, given: dict[str, Any]) -> Any:
@@ -204,7 +210,8 @@ def try_out(kind: str) -> dict[str, str]:
         return "yes" if far < 1e-2 and got.keys() == want.keys() else f"WRONG by {far:.2g}"
 
     def critic() -> str:
-        policy = CausalLMPolicy(model, Tokens(), critic="head", sampling=Sampling(max_new_tokens=T))  # type: ignore[arg-type]
+        tokens: Any = Tokens()
+        policy = CausalLMPolicy(model, tokens, critic="head", sampling=Sampling(max_new_tokens=T))
         assert policy.value_head is not None
         torch.nn.init.normal_(policy.value_head.weight)
         td = TensorDict({"tokens": {"prompt": prompts, "response": responses},

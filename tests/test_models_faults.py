@@ -161,6 +161,22 @@ def test_trap_27_sizes_are_compared():
         CausalLMPolicy(tiny_lm(vocab_size=260), tok, critic=tiny_reward_model())
 
 
+def test_a_device_that_is_not_there_is_refused():
+    for device in ("mps", "tpu"):
+        with pytest.raises(ValueError, match=f"device: must be one that torch can use here, got '{device}'"):
+            CausalLMPolicy(tiny_lm(), byte_tokenizer(), device=device)
+        with pytest.raises(ValueError, match="device: must be one"):
+            BanditEnv(PromptSet.from_texts(["a"], byte_tokenizer(), max_length=4), length, num_prompts=1, device=device)
+
+
+def test_a_head_needs_a_size(monkeypatch):
+    model = tiny_lm("gpt2")
+    config = type(model.config)
+    monkeypatch.setattr(config, "attribute_map", {k: v for k, v in config.attribute_map.items() if k != "hidden_size"})
+    with pytest.raises(ValueError, match="critic: GPT2LMHeadModel must say its hidden_size"):
+        CausalLMPolicy(model, byte_tokenizer(), critic="head")
+
+
 def test_prompt_ids_outside_the_vocabulary_are_refused():
     policy = CausalLMPolicy(tiny_lm(), byte_tokenizer(), sampling=SAMPLING)
     td = unanswered()

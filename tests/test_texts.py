@@ -40,7 +40,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("prompt", ["def f(x):\n", "<s>", "é", "a ", "<s><think>"])
-@pytest.mark.parametrize("body", ["    y = x", " one", "two", "é è", "<think> three"])
+@pytest.mark.parametrize("body", ["    y = x", " one", "two", "é è"])
 def test_trap_34_a_continuation_keeps_its_first_space(prompt: str, body: str) -> None:
     tokenizer = sentencepiece()
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]

@@ -93,6 +93,23 @@ def masked_whiten(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None, eps:
     return torch.where(mask, centred * torch.rsqrt(squares / count + eps), x.new_zeros(()))
 
 
+def resolved(device: str | torch.device) -> torch.device:
+    """A device as tensors report it: "cuda" is "cuda:0", which an indexless one would never equal.
+
+    Raises:
+        ValueError: torch does not know it, or this machine or build of torch has none.
+    """
+    import torch
+
+    try:
+        return torch.empty((), device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"device: must be one that torch can use here, got {str(device)!r} ({line}); use cpu or cuda"
+        ) from error
+
+
 def longer_than(limit: int, prompt_mask: Tensor, response_mask: Tensor) -> Tensor:
     """[B] bool: rows of more real tokens than `limit`, from [B, P] and [B, T] bool."""
     return prompt_mask.sum(1) + response_mask.sum(1) > limit

@@ -73,8 +73,7 @@ class BanditEnv:
             )
         if packing not in (True, False, "auto"):
             raise ValueError(f'packing: must be True, False or "auto", got {packing!r}')
-        # An indexless "cuda" would never equal a tensor's "cuda:0"; let torch resolve it.
-        self.device = torch.empty((), device=device).device
+        self.device = batch.resolved(device)
         self.prompts = prompts.to(self.device)
         self.num_prompts, self.group_size, self.packing = num_prompts, group_size, packing
         self.stream = PromptStream(self.prompts, seed)

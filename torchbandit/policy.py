@@ -75,7 +75,7 @@ class CausalLMPolicy(nn.Module):
         packing: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        self.device = torch.empty((), device=device).device
+        self.device = batch.resolved(device)
         self.lm = load_causal_lm(model, self.device, dtype=dtype, trainable=trainable)
         if tokenizer is None:
             if not isinstance(model, (str, Path)) and not hasattr(model, "path"):
@@ -96,8 +96,8 @@ class CausalLMPolicy(nn.Module):
             # Zero weights: the first values are 0 and do not steer the first advantages.
             size = getattr(self.lm.config.get_text_config(), "hidden_size", None)
             if not isinstance(size, int):
-                raise ValueError(f"critic: {type(self.lm).__name__} must say its hidden_size to carry a value head, got "
-                                 f"{size}; name a critic model of its own")  # fmt: skip
+                raise ValueError(f"critic: {type(self.lm).__name__} must say its hidden_size to carry a value head, "
+                                 f"got {size}; name a critic model of its own")  # fmt: skip
             self.value_head = nn.Linear(size, 1, device=self.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
@@ -109,7 +109,8 @@ class CausalLMPolicy(nn.Module):
             self.critic = load_reward_model(critic, self.device, dtype=dtype, trainable=trainable)
             check_embeddings(tokenizer, self.critic, "critic")
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.stop_ids = self.sampling.stop_ids or stop_ids_of(self.lm, tokenizer)
+        own = self.sampling.stop_ids  # (): nothing stops
+        self.stop_ids = stop_ids_of(self.lm, tokenizer) if own is None else own
         tell_stop_ids(tokenizer, self.stop_ids)
         self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 

@@ -26,6 +26,7 @@ except ImportError as error:
 from torchbandit import batch
 from torchbandit.env import BanditEnv
 from torchbandit.losses import grpo_advantages
+from torchbandit.models import num_ids
 from torchbandit.policy import CausalLMPolicy
 from torchbandit.responses import stop_mask
 
@@ -46,7 +47,7 @@ class BanditTorchRLEnv(EnvBase):
         super().__init__(device=env.device, batch_size=torch.Size([env.batch_size]))
         self.bandit = env
         B, P, T = env.batch_size, env.prompts.width, max_new_tokens
-        vocabulary = max(env.prompts.tokenizer.get_vocab().values()) + 1
+        vocabulary = num_ids(env.prompts.tokenizer)
         where: dict[str, Any] = {"device": env.device}
         whole: dict[str, Any] = {"shape": (B,), **where}
         specs: dict[str, Any] = {

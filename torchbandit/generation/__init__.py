@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchbandit.generation.cache import LayerShape, Unfit, bytes_per_place, layer_shapes
 from torchbandit.generation.engine import Engine
-from torchbandit.generation.plain import generate_plain, require_causal
+from torchbandit.generation.plain import generate_plain
 from torchbandit.generation.sampling import Generated, Sampling
 from torchbandit.models import evaluating
 
@@ -69,8 +70,6 @@ def generate(
     _check(model, prompt_ids, prompt_mask, sampling, generator, group_size)
     stops = tuple(stop_ids if sampling.stop_ids is None else sampling.stop_ids)
     with evaluating(model):
-        if model not in _engines and model not in _unfit:
-            require_causal(model)
         if model not in _unfit:
             try:
                 engine = _engine(model, prompt_ids.shape[0], prompt_ids.shape[1], sampling)
@@ -151,7 +150,7 @@ def _check(
         raise ValueError(
             f"prompt_ids: must be on the model's device {model.device}, got {prompt_ids.device}; move them"
         )
-    size = model.get_input_embeddings().weight.shape[0]
+    size = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     if (
         prompt_ids.device.type == "cpu" and not 0 <= int(prompt_ids.min()) <= int(prompt_ids.max()) < size
     ):  # a free look

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -88,7 +88,7 @@ def _rows(
     group_size: int,
 ) -> Generated:
     """Responses to prompts that may run together: ids and mask [prompts, P], left-padded; uniform [rows, T]."""
-    forward = _Forward(model, manner.caches)
+    forward = _Forward(model, manner)
     logits = forward(ids, mask)
     if group_size > 1:
         forward.repeat(group_size)  # the state, not the work
@@ -114,10 +114,11 @@ def _rows(
 
 
 class _Forward:
-    """Logits of the next token, call by call, as rows grow."""
+    """Logits of the next token, call by call, as rows grow. Positions are given with padding alone: without it a model
+    knows its own, which need not begin at 0 (RoBERTa's kind)."""
 
-    def __init__(self, model: PreTrainedModel, caches: bool) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, manner: Manner) -> None:
+        self.model, self.pads, caches = model, manner.pads, manner.caches
         self.cache = DynamicCache(config=model.config) if caches else None
         self.ids: Tensor | None = None
         parameters = inspect.signature(model.forward).parameters
@@ -128,11 +129,11 @@ class _Forward:
         """[n, V], behind the tokens `ids` [n, k] that follow those of the calls before; `seen` [n, all] bool."""
         if self.cache is None:
             self.ids = ids = ids if self.ids is None else torch.cat((self.ids, ids), 1)
-        positions = (seen.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         given: dict[str, Any] = {
-            "input_ids": ids, "attention_mask": seen.long(), "position_ids": positions, "logits_to_keep": 1,
-            "use_cache": self.cache is not None,
+            "input_ids": ids, "attention_mask": seen.long(), "logits_to_keep": 1, "use_cache": self.cache is not None
         }  # fmt: skip
+        if self.pads:
+            given["position_ids"] = (seen.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         if self.cache is not None:
             given["cache_params" if "cache_params" in self.takes else "past_key_values"] = self.cache
         if not self.takes_any:
@@ -145,7 +146,7 @@ class _Forward:
         if self.cache is not None:
             n = next(n for n in map(_rows_of, self.cache.layers) if n)
             rows = torch.arange(n, device=self.model.device).repeat_interleave(times)
-            self.cache.reorder_cache(rows)
+            self.cache.reorder_cache(cast(torch.LongTensor, rows))
         if self.ids is not None:
             self.ids = self.ids.repeat_interleave(times, 0)
 
@@ -160,22 +161,25 @@ def _rows_of(layer: Any) -> int:
 
 
 def _try_out(model: PreTrainedModel) -> Manner:
-    """Compare five tokens and one more with the six read at once, from a cache, repeated, and padded.
+    """Compare the logits behind six tokens, read at once, with those from a cache, of repeated rows, and with padding.
 
     Raises:
         ValueError: the model does not run on tokens alone.
     """
+    _require_causal(model)
     config = model.config.get_text_config()
     known = [i for i in range(2, 17) if i != config.pad_token_id][:12]
     ids = torch.tensor(known, device=model.device).view(2, 6) % int(config.vocab_size)
     real = torch.ones_like(ids, dtype=torch.bool)
     try:
-        want = _Forward(model, False)(ids, real)
+        want = model(input_ids=ids, use_cache=False).logits[:, -1]
     except Exception as error:
         why = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(f"model: {type(model).__name__} cannot generate from tokens alone ({type(error).__name__}: "
                          f"{why}); use a decoder-only language model") from error  # fmt: skip
-    caches = _same(lambda: _goes_on(model, ids, real), want.repeat_interleave(2, 0))
+    # Five tokens and one more; and one and five more: less than a convolution's width.
+    twice = want.repeat_interleave(2, 0)
+    caches = all(_same(lambda first=first: _goes_on(model, ids, real, first), twice) for first in (5, 1))
     if not caches:
         name = type(model).__name__
         warnings.warn(f"{name} does not go on from a cache that it is given: each token reads its whole row",
@@ -185,7 +189,7 @@ def _try_out(model: PreTrainedModel) -> Manner:
     return Manner(caches, pads)
 
 
-def require_causal(model: PreTrainedModel) -> None:
+def _require_causal(model: PreTrainedModel) -> None:
     """Refuse a model whose logits of a token depend on later ones: what it generates would be changed by what follows.
 
     Raises:
@@ -203,17 +207,20 @@ def require_causal(model: PreTrainedModel) -> None:
                          "tokens; load a causal LM (of BERT's kind: is_decoder=True in its config)")  # fmt: skip
 
 
-def _goes_on(model: PreTrainedModel, ids: Tensor, real: Tensor) -> Tensor:
-    forward = _Forward(model, True)
-    forward(ids[:, :-1], real[:, :-1])
+def _goes_on(model: PreTrainedModel, ids: Tensor, real: Tensor, first: int) -> Tensor:
+    forward = _Forward(model, Manner(caches=True, pads=False))
+    logits = forward(ids[:, :first], real[:, :first])
     if not any(map(_rows_of, forward.cache.layers if forward.cache is not None else [])):
         raise ValueError("nothing was kept")
     forward.repeat(2)
-    return forward(ids[:, -1:].repeat_interleave(2, 0), real.repeat_interleave(2, 0))
+    ids, real = ids.repeat_interleave(2, 0), real.repeat_interleave(2, 0)
+    for t in range(first, ids.shape[1]):
+        logits = forward(ids[:, t : t + 1], real[:, : t + 1])
+    return logits
 
 
 def _padded(model: PreTrainedModel, caches: bool, ids: Tensor, real: Tensor) -> Tensor:
-    forward = _Forward(model, caches)
+    forward = _Forward(model, Manner(caches, pads=True))
     ids, real = torch.cat((ids[:, :3], ids), 1), torch.cat((~real[:, :3], real), 1)
     forward(ids[:, :-1], real[:, :-1])
     return forward(ids[:, -1:], real)

@@ -20,7 +20,7 @@ class Sampling:
         top_k: keep the k likeliest tokens; 0 keeps all. For evaluation: the log-probs stay those of the whole softmax.
         top_p: keep the smallest set of likeliest tokens that holds this mass (after top_k); 1 keeps all.
         places: at most so many rows are in the cache at a time, the others wait; None lets memory decide.
-        stop_ids: None takes the tokenizer's and the model's eos ids.
+        stop_ids: ids that end a response; None takes the tokenizer's and the model's eos ids, () lets nothing stop.
         num_ids: ids from here on are never sampled: a padded vocabulary has more than any tokenizer. The log-probs stay
             those of the whole softmax. None: the policy takes its tokenizer's.
     """

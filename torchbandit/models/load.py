@@ -179,7 +179,7 @@ def load_value_head(model: str | Path | ModelSpec, head: nn.Linear) -> None:
     folder = fetch(spec if spec.adapter is None else ModelSpec(spec.adapter), weights=True)
     if not (folder / HEAD).is_file():
         if (folder / "critic").is_dir():
-            raise ValueError(f'critic: {folder} was saved with a critic of its own, got critic="head"; name the critic: '
+            raise ValueError(f'critic: {folder} was saved with a critic of its own, got critic="head"; name it: '
                              f"critic={str(folder / 'critic')!r}")  # fmt: skip
         return
     state = load_file(folder / HEAD)
@@ -198,7 +198,7 @@ def _load(
             quantize.check_trainable(model)
         if auto is AutoModelForCausalLM and text.whole_class(model.config) is not None:
             model = text.text_side(model, name_of(model))
-        text.name_base(model)
+        _complete(model)
         disable_dropout(model)
         return model if trainable else model.eval()
     spec, device = as_spec(model, dtype), torch.device(device)
@@ -266,11 +266,19 @@ def _load(
         loaded = text.text_side(loaded, str(spec.path))
         warnings.warn(f"model {spec.path}: holds more than text; its text side alone is used, and saved, as a "
                       f"{type(loaded).__name__}", stacklevel=3)  # fmt: skip
-    text.name_base(loaded)
+    _complete(loaded)
     disable_dropout(loaded)
     loaded.eval().requires_grad_(trainable)
     setattr(loaded, "torchbandit_compile", spec.compile)  # noqa: B010 (a name that no module declares)
     return loaded
+
+
+def _complete(model: PreTrainedModel) -> None:
+    """What some architectures leave out, and others read."""
+    text.name_base(model)
+    for config in (model.config, model.config.get_text_config()):
+        if not hasattr(config, "pad_token_id"):
+            config.pad_token_id = None
 
 
 def _check_keys(info: dict[str, Any], loaded: PreTrainedModel, name: str) -> None:
@@ -282,7 +290,7 @@ def _check_keys(info: dict[str, Any], loaded: PreTrainedModel, name: str) -> Non
     kind = type(loaded).__name__
     if info["missing_keys"]:
         raise ValueError(f"model {name}: must hold all weights of a {kind}, got none for "
-                         f"{_some(info['missing_keys'])}; give the folder of a model that was trained as one")  # fmt: skip
+                         f"{_some(info['missing_keys'])}; give the folder of a model trained as one")  # fmt: skip
     unknown = [key for key in info["unexpected_keys"] if not key.endswith(_HARMLESS)]
     if unknown:
         raise ValueError(f"model {name}: must hold the weights of a {kind} alone, got {_some(unknown)} as well, which "
@@ -310,7 +318,7 @@ def _empty(
     # from_config knows nothing of generation_config.json, whose eos ids end a response.
     with contextlib.suppress(OSError):
         made.generation_config = GenerationConfig.from_pretrained(fetch(spec))
-    text.name_base(made)
+    _complete(made)
     disable_dropout(made)
     made.eval().requires_grad_(False)
     setattr(made, "torchbandit_compile", spec.compile)  # noqa: B010
@@ -325,8 +333,8 @@ def _skeleton(auto: Any, config: Any, device: torch.device, dtype: torch.dtype, 
     """
     kind = "sequence classifier" if auto is AutoModelForSequenceClassification else "causal language model"
     if type(config) not in auto._model_mapping:
-        raise ValueError(f"model {name}: transformers has no {kind} of architecture {config.model_type}; use a model of "
-                         "another architecture")  # fmt: skip
+        raise ValueError(f"model {name}: transformers has no {kind} of architecture {config.model_type}; use a "
+                         "model of another architecture")  # fmt: skip
     try:
         with no_init_weights(), device:
             made: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -1,8 +1,8 @@
 """Quantised weights: which layers become small, by whose kernels, and whether it came out so.
 
-Only the linear layers inside the repeated decoder layers are quantised, and their experts (experts.py). Whatever stands outside (embeddings, the score
-or LM head, projections beside them) and every norm keeps the model's dtype: a quantised score head gives rewards that
-are all one number (trap 13).
+Only the linear layers inside the repeated decoder layers are quantised, and their experts (experts.py). Whatever stands
+outside (embeddings, the score or LM head, projections beside them) and every norm keeps the model's dtype: a quantised
+score head gives rewards that are all one number (trap 13).
 """
 
 from __future__ import annotations

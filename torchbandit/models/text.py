@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -93,7 +94,7 @@ def text_side(whole: PreTrainedModel, name: str) -> PreTrainedModel:
     try:
         text.load_state_dict(weights, assign=True)
         text.tie_weights()
-        text.to(whole.device).eval()  # the buffers; the weights are there
+        nn.Module.to(text, whole.device).eval()  # the buffers; the weights are there
         text.generation_config = whole.generation_config
         ids = torch.arange(3, 12, device=whole.device)[None] % int(config.vocab_size)
         with torch.no_grad():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from torchbandit.models.hub import fetch
@@ -49,13 +51,13 @@ def check_embeddings(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
     Raises:
         ValueError: names the first such token, its id and the number of embeddings.
     """
-    rows, size = int(model.get_input_embeddings().weight.shape[0]), num_ids(tokenizer)
+    rows, size = len(cast(nn.Embedding, model.get_input_embeddings()).weight), num_ids(tokenizer)
     if size <= rows:
         return
     token = next(token for token, at in sorted(tokenizer.get_vocab().items(), key=lambda x: x[1]) if at >= rows)
     raise ValueError(
-        f"{what}: must have an embedding for every id of the tokenizer, got {rows} embeddings for {size} ids (the first "
-        f"beyond: {token!r}); call model.resize_token_embeddings({size}), or use the tokenizer that it was trained with"
+        f"{what}: must have an embedding for every id of the tokenizer, got {rows} embeddings for {size} ids (the "
+        f"first beyond: {token!r}); call model.resize_token_embeddings({size}), or use its own tokenizer"
     )
 
 

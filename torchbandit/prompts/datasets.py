@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torchbandit.read import Row, shown
 
 
-def dataset_rows(dataset: Iterable[Any], wanted: Sequence[str] | None) -> Iterator[Row]:
+def dataset_rows(dataset: Any, wanted: Sequence[str] | None) -> Iterator[Row]:
     """The rows, named `row 0`, `row 1`, ...
 
     Args:
+        dataset: one split, or an iterable of dicts.
         wanted: columns to read, of those that there are; None reads all.
     Raises:
         ValueError: it is a dict of splits, or a row is no table.

@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from torchbandit.models import num_ids
 from torchbandit.prompts.columns import split_columns
 from torchbandit.prompts.datasets import dataset_rows
 from torchbandit.prompts.options import PromptOptions
@@ -73,7 +74,7 @@ class PromptSet:
             raise ValueError("prompts: must be at least one, got none")
         if int(lengths.min()) < 1:
             raise ValueError(f"{where(int(lengths.argmin()))}: must hold at least one token, got none")
-        vocabulary = max(tokenizer.get_vocab().values()) + 1
+        vocabulary = num_ids(tokenizer)
         outside = (flat < 0) | (flat >= vocabulary)
         if outside.any():
             at = int(outside.int().argmax())

@@ -116,11 +116,12 @@ def _whole(raw: Any) -> tuple[io.BufferedReader, bytes]:
 
 def _zstd(file: IO[bytes], name: str) -> Any:
     """Python's own from 3.14 on, else a package that can."""
-    for module, call in (
+    ways: tuple[tuple[str, Callable[[Any], Any]], ...] = (
         ("compression.zstd", lambda zstd: zstd.open(file)),
         ("zstandard", lambda zstd: zstd.ZstdDecompressor().stream_reader(file, read_across_frames=True)),
         ("pyarrow", lambda arrow: arrow.CompressedInputStream(file, "zstd")),
-    ):
+    )
+    for module, call in ways:
         try:
             return call(importlib.import_module(module))
         except ImportError:

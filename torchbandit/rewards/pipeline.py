@@ -29,6 +29,7 @@ from torchbandit.batch import (
     masked_whiten,
     require,
 )
+from torchbandit.models import num_ids
 from torchbandit.models.offload import Sleeper
 from torchbandit.responses import any_row, has_stopped, last_token, stop_ids_told
 from torchbandit.rewards.host import HostReward
@@ -76,7 +77,7 @@ class RewardPipeline:
             raise ValueError('reward: at most one KLPenalty fits, since ("next","ref_log_probs") holds one reference')
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors report it
         self.tokenizer, self.prompts = tokenizer, prompts
-        self._tokenizer_size = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
+        self._tokenizer_size = None if tokenizer is None else num_ids(tokenizer)
         self._reduce: Reduce | None = None
         self._is_frozen = False
         self._sleeper = Sleeper()

@@ -123,7 +123,7 @@ class BanditConfig(AlgorithmConfig):
         """
         self.algo = self.algo if algo is NotProvided else algo
         self.ptx_length = self.ptx_length if ptx_length is NotProvided else ptx_length
-        self._learner_class = self._learner_class if learner_class is NotProvided else learner_class
+        self._learner_class: Any = self._learner_class if learner_class is NotProvided else learner_class
         if ptx_data is not NotProvided:
             # A bare tensor as an attribute would break RLlib's own comparisons of config values.
             is_ids = isinstance(ptx_data, torch.Tensor)

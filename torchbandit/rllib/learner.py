@@ -16,7 +16,7 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchbandit.learn.algorithm import Denominators
+from torchbandit.learn.algorithm import Algorithm, Denominators
 from torchbandit.learn.metrics import to_host
 from torchbandit.learn.ptx import PtxData
 from torchbandit.learn.ranks import Ranks
@@ -55,7 +55,7 @@ class BanditLearner(TorchLearner):
         self._told: dict[str, Tensor] = {}
         self._ptx: PtxData | None = None
         super().build()
-        self._algorithm = self.config.algorithm
+        self._algorithm: Algorithm = self.config.algorithm
         rank = torch.distributed.get_rank() if self.distributed else 0
         self._ranks = Ranks(rank, max(1, int(self.config.num_learners)), self._sum if self.distributed else None)
         if self.config.ptx_coef:

@@ -27,7 +27,6 @@ from torchbandit.train import run as local
 from torchbandit.train.loop import schedule_factor
 from torchbandit.train.options import TrainOptions
 from torchbandit.train.signals import hangup_ignored, stop_signals
-from torchbandit.train.steps import run_steps
 
 FREE = folder.FREE | {"env_runners", "learners"}
 
@@ -171,18 +170,8 @@ def _run(algo: BanditAlgorithm, options: TrainOptions, out: Path, done: int, dev
         algo.restore_from_path(out / "checkpoint")
     module, env = _judged(algo, options, device)
     judge = local.Judge(options, module.policy, env)
-    accelerator = build.build_accelerator(options, torch.device("cpu"))
-    if options.log_with:
-        accelerator.init_trackers(options.name or "torchbandit", config=local.plain(asdict(options)))
-    try:
-        before = judge.before(out / "evaluation.json")
-        run_steps(RayEngine(algo, options, out, done), options, out, accelerator)
-        _fill(module, algo)
-        judge.finish(out, before)
-    finally:
-        env.close()
-        if options.log_with:
-            accelerator.end_training()
+    engine, accelerator = RayEngine(algo, options, out, done), build.build_accelerator(options, torch.device("cpu"))
+    local.run_judged(engine, judge, options, out, accelerator, env, ended=lambda: _fill(module, algo))
 
 
 class RayEngine:
@@ -216,11 +205,10 @@ def flat_metrics(result: dict[str, Any], step: int, seconds: float, runners: int
     """A line of metrics.jsonl from an iteration's result; runners work at the same time, so theirs is a mean."""
     sampled = result["env_runners"]
     times = {stage: float(sampled["time"][f"{stage}_s"]) / runners for stage in ("generate", "score")}
-    times["learn"] = float(result["time"]["learn_s"])
-    times["sync"] = float(result["time"]["sync_s"])
+    times |= {stage: float(result["time"][f"{stage}_s"]) for stage in ("learn", "sync")}
     times["rest"] = max(0.0, seconds - sum(times.values()))
-    rate = {"samples_per_s": float(sampled["num_env_steps_sampled"]) / seconds}
-    return {"step": step} | result[BANDIT] | rate | {f"time/{stage}_s": value for stage, value in times.items()}
+    timed = {f"time/{stage}_s": value for stage, value in times.items()}
+    return {"step": step, **result[BANDIT], "samples_per_s": sampled["num_env_steps_sampled"] / seconds, **timed}
 
 
 def _judged(algo: BanditAlgorithm, options: TrainOptions, device: torch.device) -> tuple[CausalLMModule, BanditEnv]:

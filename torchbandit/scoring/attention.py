@@ -93,7 +93,8 @@ def _windowed(query: Tensor, key: Tensor, value: Tensor, scaling: float, window:
     starts = torch.arange(lines + 1, dtype=torch.int32) * W
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     out: Tensor = _Packed.apply(*flat, starts, size_carrier(W), None, scaling, window)  # type: ignore[no-untyped-call]
-    return out.unflatten(0, (lines, W)).transpose(1, 2)
+    by_line: Tensor = out.unflatten(0, (lines, W))
+    return by_line.transpose(1, 2)
 
 
 class _Packed(torch.autograd.Function):

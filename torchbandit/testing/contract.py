@@ -13,6 +13,7 @@ from torch import Tensor
 from torchbandit import batch
 from torchbandit.batch import Key, masked_sum, require, show
 from torchbandit.env import BanditEnv
+from torchbandit.models import num_ids
 from torchbandit.responses import has_stopped, is_contiguous, is_left_padded, stop_mask
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _check_reset(env: BanditEnv, td: TensorDictBase) -> None:
     mask = require(td, batch.PROMPT_MASK, shape=tuple(prompt.shape), dtype=torch.bool, device=device)
     _demand(mask.any(-1).all(), f"{show(batch.PROMPT_MASK)}: a prompt must have at least one token")
     _demand(is_left_padded(mask).all(), f"{show(batch.PROMPT_MASK)}: prompts must be left-padded, without holes")
-    vocabulary = len(env.prompts.tokenizer)
+    vocabulary = num_ids(env.prompts.tokenizer)
     inside = (prompt >= 0) & (prompt < vocabulary)
     _demand(inside.all(), f"{show(batch.PROMPT)}: every id, padding included, must be 0 to {vocabulary - 1}")
     for key in (batch.PROMPT_ID, batch.GROUP_ID):
@@ -109,7 +110,7 @@ def _check_reset(env: BanditEnv, td: TensorDictBase) -> None:
 
 def _random_answer(env: BanditEnv, td: TensorDictBase, width: int, gen: torch.Generator) -> TensorDict:
     """Uniform tokens, some rows stopped and some cut off, with the log-probs of a uniform policy."""
-    B, vocabulary, eos = td.batch_size[0], len(env.prompts.tokenizer), env.prompts.tokenizer.eos_token_id
+    B, vocabulary, eos = td.batch_size[0], num_ids(env.prompts.tokenizer), env.prompts.tokenizer.eos_token_id
     tokens = torch.randint(vocabulary, (B, width), generator=gen)
     stop_at = torch.randint(width + 2, (B, 1), generator=gen)
     if eos is not None:
@@ -192,7 +193,7 @@ def _check_rows(
     says = "permuting rows must permute the results"
     _same(out["next"][rows], step(td[rows])["next"], says, tolerance)
 
-    vocabulary = len(env.prompts.tokenizer)
+    vocabulary = num_ids(env.prompts.tokenizer)
     junk = td.clone()
     for key, mask_key in ((batch.PROMPT, batch.PROMPT_MASK), (batch.RESPONSE, batch.RESPONSE_MASK)):
         noise = torch.randint(vocabulary, tuple(td[key].shape), generator=gen).to(env.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torchbandit.train.evaluate import Evaluation, evaluate
 from torchbandit.train.loop import BanditTrainer
 from torchbandit.train.options import TrainOptions
 from torchbandit.train.signals import say, stop_signals
-from torchbandit.train.steps import run_steps
+from torchbandit.train.steps import Engine, run_steps
 
 
 def train(options: TrainOptions) -> Path:
@@ -65,12 +65,32 @@ def _train(options: TrainOptions, out: Path, accelerator: Accelerator, device: t
     if options.resume:
         engine.load()
     judge = Judge(options, trainer.policy, env) if main else None
+    run_judged(engine, judge, options, out, accelerator, env)
+
+
+def run_judged(
+    engine: Engine,
+    judge: Judge | None,
+    options: TrainOptions,
+    out: Path,
+    accelerator: Accelerator,
+    env: BanditEnv,
+    ended: Callable[[], None] = lambda: None,
+) -> None:
+    """Evaluate, train, evaluate again: the middle of a run on either engine.
+
+    Args:
+        judge: None on all ranks but the first.
+        env: closed at the end.
+        ended: called between training and the last evaluation.
+    """
     if options.log_with:
         accelerator.init_trackers(options.name or "torchbandit", config=plain(asdict(options)))
     try:
         before = judge.before(out / "evaluation.json") if judge else None
         run_steps(engine, options, out, accelerator)
         accelerator.wait_for_everyone()
+        ended()
         if judge is not None and before is not None:
             judge.finish(out, before)
     finally:
