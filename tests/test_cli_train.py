@@ -138,6 +138,7 @@ def test_options_of_the_algorithm_are_given_flat(tmp_path: Path) -> None:
 
 def test_the_order_of_a_printed_config_is_that_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "--algo", "gspo")
+    assert "\ngroup_size: 2\n" in text and "\nkl_in: loss\nkl_estimator: k3\n" in text, "as they come out"
     with pytest.raises(SystemExit):
         cli.main(["train", "--algo", "gspo", "--help"])
     told = capsys.readouterr().out
