@@ -14,7 +14,8 @@ from torchbandit.learn import ALGORITHMS
 ROOT = Path(torchbandit.__file__).parent
 FLOORS = (  # from the ground up; a file may import from lower floors, and from its own folder
     {"batch", "clock", "demo", "read", "__version__"},
-    {"responses", "texts"},
+    {"responses"},
+    {"texts"},
     {"masters", "models", "losses"},
     {"prompts"},
     {"scoring", "generation", "corpus"},

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from torchbandit import BanditEnv, CausalLMPolicy, KLPenalty, ModelSpec, PromptSet, RewardModel, Sampling
 from torchbandit.generation import generate
+from torchbandit.learn import PPO, RLOO
 from torchbandit.models import (
     check_apart,
     check_same_tokenizer,
@@ -75,7 +76,7 @@ def test_trap_20_a_critic_reopens_and_is_not_replaced_by_a_head(tmp_path):
     policy.save_pretrained(tmp_path)
     again = CausalLMPolicy(tmp_path, critic=tmp_path / "critic", sampling=SAMPLING)
     assert_close(again.values(fake_batch()), policy.values(fake_batch()))
-    with pytest.raises(ValueError, match=r'critic: .*got critic="head"; name the critic'):
+    with pytest.raises(ValueError, match=r'critic: .*got critic="head"; name it'):
         CausalLMPolicy(tmp_path, critic="head")
 
 
@@ -111,17 +112,17 @@ def test_trap_20_an_adapter_reopens(tmp_path, live):
 def test_trap_21_shared_weights_are_refused():
     tok, model, judge = byte_tokenizer(), tiny_lm(), tiny_reward_model()
     prompts = PromptSet.from_texts(["one", "two"], tok, max_length=8)
-    options = LoopOptions(algo="rloo", steps=1)
+    options = LoopOptions(steps=1)
     for terms in ([length, KLPenalty(model)], [length, RewardModel(model)]):
         env = BanditEnv(prompts, terms, num_prompts=2, group_size=2)
         with pytest.raises(
             ValueError, match="must have weights of its own, got the policy's lm.model.embed_tokens.weight"
         ):
-            BanditTrainer(env, CausalLMPolicy(model, tok, sampling=SAMPLING), options)
+            BanditTrainer(env, CausalLMPolicy(model, tok, sampling=SAMPLING), RLOO(), options)
     env = BanditEnv(prompts, [RewardModel([tiny_reward_model(seed=3), judge])], num_prompts=2)
     policy = CausalLMPolicy(model, tok, sampling=SAMPLING, critic=judge)
     with pytest.raises(ValueError, match='"reward_model".*critic.model.embed_tokens'):
-        BanditTrainer(env, policy, LoopOptions(algo="ppo", steps=1))
+        BanditTrainer(env, policy, PPO(), LoopOptions(steps=1))
     check_apart(policy, {"kl": [copy.deepcopy(model)]})
 
 
@@ -262,7 +263,7 @@ def test_trap_37_rows_beyond_the_critics_context_are_unscorable():
     env = BanditEnv(prompts, length, num_prompts=2)
     td = env.step(policy.generate(env.reset()))
     assert torch.equal(td["next", "unscorable"], td["masks", "prompt"].sum(1) == 20)
-    metrics = BanditTrainer(env, policy, LoopOptions(algo="ppo", steps=1)).step()
+    metrics = BanditTrainer(env, policy, PPO(), LoopOptions(steps=1)).step()
     assert all(value == value for name, value in metrics.items() if name.startswith("loss/")), metrics
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from torchbandit.batch import FINISHED, PROMPT, PROMPT_MASK, RESPONSE, RESPONSE_MASK
+from torchbandit.responses import stop_ids_told
 
 REACH = 16
 """Tokens at the end of a prompt among which one is sought that has a text of its own."""
@@ -22,7 +23,7 @@ def response_texts(
 
     Args:
         td: reads ("tokens","prompt") [B, P] and ("tokens","response") [B, T] int64, their masks, bool, and `finished`
-            [B] bool, if it is there.
+            [B] bool (absent: a row is finished where one of the tokenizer's stop ids stands last).
         rows: which of the batch; None takes all.
         skip_special_tokens: leave all special tokens out, those within the response too.
     """
@@ -30,11 +31,14 @@ def response_texts(
     tail, tail_mask = td[PROMPT][:, -REACH:].cpu(), td[PROMPT_MASK][:, -REACH:].cpu()
     tokens, mask = td[RESPONSE].cpu(), td[RESPONSE_MASK].cpu()
     finished = td.get(FINISHED, None)
-    ended = [False] * len(td) if finished is None else finished.cpu().tolist()
-    special = _special(tokenizer)
+    special, stops = _special(tokenizer), stop_ids_told(tokenizer)
     ids = [tokens[row][mask[row]].tolist() for row in chosen]
-    ids = [part[:-1] if ended[row] and part and part[-1] in special else part
-           for row, part in zip(chosen, ids, strict=True)]  # fmt: skip
+    if finished is None:
+        ended = [bool(part) and part[-1] in stops for part in ids]
+    else:
+        ended = finished.cpu()[chosen].tolist()
+    ids = [part[:-1] if done and part and part[-1] in special else part
+           for done, part in zip(ended, ids, strict=True)]  # fmt: skip
     before = [tail[row][tail_mask[row]].tolist() for row in chosen]
     return texts_after(tokenizer, before, ids, skip_special_tokens=skip_special_tokens)
 

@@ -99,7 +99,7 @@ class BanditLoop(Algorithm):
     def training_step(self) -> None:
         """Sample, learn, and send the new weights to every runner that has a module of its own."""
         runner = self.env_runner_group.local_env_runner
-        self._before = (None if runner is None else runner.place()), dict(self._places)
+        self._before = (None if runner is None else runner.position()), dict(self._places)
         with self.metrics.log_time((names.TIMERS, names.ENV_RUNNER_SAMPLING_TIMER)):
             batch = self._sample()
         self._before = None

@@ -163,7 +163,7 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
     def _sample_batch(self, explore: bool) -> TensorDict:
         assert self.env is not None and self.module is not None
         env, module, G = self.env, self.module, self.env.group_size
-        before = env.state_dict(), self.generator.get_state()
+        before = self.position()
         clock = Clock(self.device)
 
         def answer(td: TensorDict) -> TensorDict:
@@ -177,8 +177,7 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
                 td = draw()
                 numbers = reward_metrics(td, G)
         except BaseException:  # whoever goes on, begins with the prompts that were lost here
-            env.load_state_dict(before[0])
-            self.generator.set_state(before[1])
+            self.go_to(before)
             raise
         self._sampled.append((numbers, clock))
         self._last = td
@@ -213,12 +212,16 @@ class BanditEnvRunner(EnvRunner, Checkpointable):
         return reduced
 
     def place(self) -> dict[str, Any]:
-        """Where this runner stands: its draw of the prompts, the terms' statistics, its generator."""
+        """`position()` as it travels."""
+        return {name: pack(value) for name, value in self.position().items()}
+
+    def position(self) -> dict[str, Any]:
+        """Where this runner stands: its batch of prompts, the terms' statistics, its generator; nothing is copied."""
         assert self.env is not None
-        return {"env": pack(self.env.state_dict()), "generator": pack(self.generator.get_state())}
+        return {"env": self.env.state_dict(), "generator": self.generator.get_state()}
 
     def go_to(self, place: dict[str, Any], *, generator: bool = True) -> None:
-        """Go on where `place()` was taken; generator=False keeps this runner's own, for a place that is another's."""
+        """Go on where one of the two was taken; generator=False keeps this runner's own, for another's place."""
         assert self.env is not None
         self.env.load_state_dict(unpack(place["env"]))
         if generator:
