@@ -478,7 +478,7 @@ def test_half_a_step_is_not_saved(runs: Runs, whole: Path, tmp_path: Path) -> No
     """The second of two updates fails: the weights have moved, so the last checkpoint is the one to go on from."""
     out = tmp_path / "run"
     first = (
-        "from torchbandit.train.loop import BanditTrainer as T\nold = T.update\nseen = []\n"
+        "from torchbandit.learn.update import Update as T\nold = T.update\nseen = []\n"
         "def update(self, *a):\n    seen.append(1)\n    if len(seen) == 6:\n        raise ValueError('broken')\n"
         "    return old(self, *a)\nT.update = update\n"
     )

@@ -185,8 +185,7 @@ class RayEngine:
         started = time.perf_counter()
         result = self._algo.train()
         self.steps_done += 1
-        runners = max(1, self._options.env_runners)
-        return flat_metrics(result, self.steps_done, time.perf_counter() - started, runners)
+        return flat_metrics(result, self.steps_done, time.perf_counter() - started, max(1, self._options.env_runners))
 
     def undo(self) -> bool:
         return self._algo.undo_sampling()

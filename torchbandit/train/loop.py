@@ -129,8 +129,8 @@ class BanditTrainer:
         td, rewards = collect(self.env, self.algorithm, draw, self.options, self.ranks.sum)
         self._stop_if_unscorable(rewards["unscorable"].item(), td)  # learn waits for the device at once anyway
         with clock("learn"):
-            self._set_lr()
-            learned = self.update(td, self.steps_done)
+            targets, weighed = self.update.prepare(td)
+            learned = self.learn(targets) | weighed
         metrics = to_host(rewards | learned)
         seconds = clock.read()
         total = seconds.pop("total")
