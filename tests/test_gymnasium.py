@@ -163,5 +163,5 @@ def test_stock_ppo_refuses_other_processes(pretrained: str, where: str) -> None:
 
     config = stock_ppo_config(make_env(), pretrained=pretrained, sampling=Sampling(max_new_tokens=T))
     getattr(config, where)(**{f"num_{where}": 1})
-    with pytest.raises(ValueError, match=f"num_{where}: must be 0, got 1.*BanditPPOConfig"):
+    with pytest.raises(ValueError, match=f"num_{where}: must be 0, got 1.*BanditConfig"):
         config.build_algo()
