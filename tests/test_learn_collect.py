@@ -153,7 +153,8 @@ def test_remax_s_greedy_rows_leave_no_trace():
     plain, remax = make_trainer(RLOO(), remax_terms()), make_trainer(ReMax(), remax_terms())
     batches = {plain: [], remax: []}
     for trainer, seen in batches.items():
-        trainer.update = lambda td, step, seen=seen: seen.append(td) or {"skipped_in_a_row_max": torch.zeros(())}
+        trainer.update.prepare = lambda td, seen=seen: (seen.append(td), {})
+        trainer.learn = lambda targets: {"skipped_in_a_row_max": torch.zeros(())}
         for _ in range(3):
             trainer.step()
     for one, other in zip(batches[plain], batches[remax], strict=True):
@@ -170,7 +171,8 @@ def test_remax_s_greedy_rows_leave_no_trace():
 def test_remax_s_baseline_is_the_greedy_response_s_reward():
     trainer = make_trainer(ReMax(), mean_id)
     seen = []
-    trainer.update = lambda td, step: seen.append(td) or {"skipped_in_a_row_max": torch.zeros(())}
+    trainer.update.prepare = lambda td: (seen.append(td), {})
+    trainer.learn = lambda targets: {"skipped_in_a_row_max": torch.zeros(())}
     trainer.step()
     (td,) = seen
     greedy = trainer.policy.generate(trainer.env.gather(td["prompt_id"], td["group_id"]), greedy=True, group_size=1)
@@ -194,7 +196,8 @@ def test_rows_whose_greedy_response_has_no_score_are_left_out():
 
     trainer = make_trainer(ReMax(), reward)
     seen = []
-    trainer.update = lambda td, step: seen.append(td) or {"skipped_in_a_row_max": torch.zeros(())}
+    trainer.update.prepare = lambda td: (seen.append(td), {})
+    trainer.learn = lambda targets: {"skipped_in_a_row_max": torch.zeros(())}
     trainer.step()
     targets = ReMax().targets(seen[0], group_size=2, reduce=None)
     assert targets["learn_mask"].any(-1).tolist() == [False] * 4 + [True] * 4 and len(calls) == 2

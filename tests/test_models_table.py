@@ -93,5 +93,11 @@ def test_the_text_side_of_a_model_of_more_than_text(tmp_path, make):
     assert_close(again(input_ids=ids).logits, whole(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
     empty = empty_causal_lm(tmp_path / "whole", "cpu")
     assert {n: w.shape for n, w in empty.named_parameters()} == {n: w.shape for n, w in again.named_parameters()}
+
+
+def test_a_model_of_more_than_text_is_not_quantised(tmp_path):
+    pytest.importorskip("torchao", reason="the quant extra is not installed")
+    gemma3().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="quantization must be None for a model of more than text"):
-        load_causal_lm(ModelSpec(tmp_path / "whole", quantization="int8"), "cpu")
+        load_causal_lm(ModelSpec(tmp_path, quantization="int8"), "cpu")
