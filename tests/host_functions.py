@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -19,6 +20,35 @@ def matches(prompts: list[str], completions: list[str], answer: list[str], level
     """Tells whether every argument belongs to its row: prompt "p3" has the answer "a3" and level 3."""
     rows = zip(prompts, answer, level, strict=True)
     return [float(p[1:] == a[1:] == str(n)) for p, a, n in rows]
+
+
+async def slow_count(prompts: list[str], completions: list[str]) -> list[float]:
+    await asyncio.sleep(0)
+    return count(prompts, completions)
+
+
+def asked_together(prompts: list[str], completions: list[str]) -> list[object]:
+    """One call of a server a row: each waits until all have been sent."""
+    sent, all_sent = [], asyncio.Event()
+
+    async def ask(text: str) -> float:
+        sent.append(text)
+        if text == "raise":
+            raise ConnectionError("the server is away")
+        if len(sent) == len(completions):
+            all_sent.set()
+        await asyncio.wait_for(all_sent.wait(), 5.0)
+        return float(len(text))
+
+    return [ask(text) for text in completions]
+
+
+def only_sums(prompts: list[str], completions: list[str]) -> list[float | None]:
+    return [2.0 if "+" in text else None for text in completions]
+
+
+def only_words(prompts: list[str], completions: list[str]) -> list[float | None]:
+    return [3.0 if text.isalpha() else None for text in completions]
 
 
 def all_columns(prompts: list[str], completions: list[str], **columns: list[object]) -> list[float]:

@@ -122,6 +122,44 @@ def test_each_failure_has_its_reason_and_spoils_no_other_row(close):
     assert pipeline.host_failures()["by_word"]["none"] == 2
 
 
+@pytest.mark.parametrize("fn", [fns.slow_count, fns.asked_together])
+def test_async_functions_are_awaited(close, fn):
+    term = close(HostReward(fn, TOKENIZER, num_workers=1))
+    out = RewardPipeline(term, tokenizer=TOKENIZER)(batch(["ab", "abc", "abcd"]))
+    assert out["reward"].flatten().tolist() == [2.0, 3.0, 4.0] and not term.failures
+
+
+def test_an_awaited_row_that_fails_spoils_no_other(close):
+    term = close(HostReward(fns.asked_together, TOKENIZER, num_workers=1))
+    out = RewardPipeline(term, tokenizer=TOKENIZER)(batch(["ab", "raise", "abcd"]))
+    assert out["unscorable"].tolist() == [False, True, False]
+    assert term.failures == {"ConnectionError": 1}
+
+
+def test_a_row_that_is_not_a_terms_task_lives_on_its_other_terms(close):
+    def terms(missing):
+        return [
+            close(HostReward(fns.only_sums, TOKENIZER, num_workers=1, missing=missing, weight=10.0, clip=(0.0, 1.5))),
+            close(HostReward(fns.only_words, TOKENIZER, num_workers=1, missing=missing, missing_eos_penalty=1.0)),
+        ]
+
+    td = batch(["a+b", "ab", "1", "c+"], stop=False)
+    skipped, strict = terms("skip"), terms("unscorable")
+    out = RewardPipeline(skipped, tokenizer=TOKENIZER)(td)
+    assert out["unscorable"].tolist() == [False, False, True, False], "no term has the third"
+    torch.testing.assert_close(out["reward"].flatten(), torch.tensor([15.0, 2.0, torch.nan, 15.0]), equal_nan=True)
+    nan = torch.nan
+    torch.testing.assert_close(out["reward_terms", "only_words"], torch.tensor([nan, 3.0, nan, nan]), equal_nan=True)
+    assert not skipped[0].failures
+    assert RewardPipeline(strict, tokenizer=TOKENIZER)(td)["unscorable"].all()
+    assert strict[0].failures == {"none": 2}
+    # what the other terms say of it is all that counts: a row beside a plain term is never lost
+    both = RewardPipeline([*skipped, lambda td: td["masks", "response"].sum(-1).float()], tokenizer=TOKENIZER)
+    assert both(td)["unscorable"].tolist() == [False] * 4
+    with pytest.raises(ValueError, match='missing must be "unscorable" or "skip", got \'ignore\''):
+        HostReward(fns.only_sums, TOKENIZER, missing="ignore")
+
+
 def test_a_call_that_holds_the_interpreters_lock_is_ended(close):
     term = close(HostReward(fns.by_word, TOKENIZER, timeout_s=2.0, num_workers=1))
     assert RewardPipeline(term)(batch(["locked", "fine"]))["unscorable"].tolist() == [True, False]

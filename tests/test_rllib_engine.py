@@ -128,7 +128,7 @@ def test_files_of_the_local_engine(
     [
         (["--algo", "grpo", "--critic", "head"], "critic: grpo has no use for one"),
         (["--env-runners", "2", "--learners", "3"], "minibatches, learners: must divide the batch of 8 prompts"),
-        (["--env-runners", "-1"], "env_runners, learners: must be at least 0, got -1 and 0"),
+        (["--env-runners", "-1"], "env_runners: must be at least 0, got -1"),
         (["--engine", "local", "--env-runners", "2"], "are of the rllib engine; add --engine rllib"),
     ],
 )

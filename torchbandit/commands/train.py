@@ -14,8 +14,8 @@ GROUPS = {
     ),
     "data": (
         "prompts", "prompt_key", "prompt_template", "chat", "system_prompt", "chat_template", "chat_template_kwargs",
-        "last_turn", "max_prompt_length", "overlong", "on_bad_row", "eval_prompts", "ptx_data", "ptx_key",
-        "ptx_length", "eval_ptx_data",
+        "last_turn", "max_prompt_length", "overlong", "on_bad_row", "eval_prompts", "max_eval_prompts", "ptx_data",
+        "ptx_key", "ptx_length", "eval_ptx_data",
     ),
     "reward": (
         "reward_model", "reward", "host_reward", "normalize_reward", "missing_eos_penalty", "length_penalty",

@@ -9,7 +9,7 @@ import pickle
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -39,7 +39,7 @@ class HostReward(RewardTerm):
         "timeout"       the call took longer than `timeout_s`; its worker was killed and replaced
         "ValueError"..  the exception that the function raised
         "died"          the worker process ended (a crash, no memory)
-        "none"          the function returned None for the row, as it may
+        "none"          the function returned None for the row (unless `missing="skip"`)
         "bad value"     it returned no finite number
         "wrong length"  it returned more or fewer values than rows
     Rows with an empty response are unscorable anyway, and are not sent.
@@ -47,11 +47,13 @@ class HostReward(RewardTerm):
     Args:
         fn: a function of a module, since workers import it. It gets lists of strings and, by name, the columns of
             the PromptSet that it has parameters for (all, if it takes **columns), each value as it stands in the
-            file: strings, numbers, lists, dicts, None.
+            file: strings, numbers, lists, dicts, None. An `async def` is awaited, and so is each value that needs it.
         tokenizer: decodes the responses.
         num_workers: processes.
         timeout_s: limit on one call. A chunk that passes it is repeated row by row, each row with this limit.
         skip_special_tokens: leave every special token out of completions.
+        missing: what None for a row means: "unscorable": the row has no valid score; "skip": it is not this term's
+            task, and the row lives on its other terms.
         chunk_size: most rows of one call; 1 for a function of a second or more a row.
         name, weight, clip, normalize, missing_eos_penalty: as in RewardTerm.
     Raises:
@@ -69,6 +71,7 @@ class HostReward(RewardTerm):
         timeout_s: float = 10.0,
         chunk_size: int = 16,
         skip_special_tokens: bool = False,
+        missing: Literal["unscorable", "skip"] = "unscorable",
         name: str | None = None,
         weight: float = 1.0,
         clip: Clip = None,
@@ -86,7 +89,9 @@ class HostReward(RewardTerm):
             timeout_s,
             chunk_size,
         )
-        self.skip_special_tokens = skip_special_tokens
+        if missing not in ("unscorable", "skip"):
+            raise ValueError(f'reward term "{self.name}": missing must be "unscorable" or "skip", got {missing!r}')
+        self.skip_special_tokens, self.missing = skip_special_tokens, missing
         self.failures: Counter[str] = Counter()
         self._wanted, self._needed, self._takes_all = _parameters(fn)
         self._pickled = _pickle_by_name(fn, self.name)
@@ -115,12 +120,17 @@ class HostReward(RewardTerm):
         assert self._job is not None, "start() comes first"
         outcomes, self._job = self._job.result(), None
         values = torch.full((td.batch_size[0],), torch.nan)
+        skips = self.missing == "skip"
+        abstained = torch.zeros(td.batch_size[0], dtype=torch.bool)
         for row, (value, reason, example) in zip(self._sent, outcomes, strict=True):
             values[row] = value
-            if reason is not None:
+            if skips and reason == "none":
+                abstained[row] = True
+            elif reason is not None:
                 if reason not in self.failures:
                     logger.warning('reward term "%s": a row is unscorable (%s): %s', self.name, reason, example)
                 self.failures[reason] += 1
+        self.abstained = abstained.to(td[RESPONSE].device) if skips else None
         return values.to(td[RESPONSE].device)
 
     def cancel(self) -> None:

@@ -6,6 +6,8 @@ neither torch nor the user's `__main__`.
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 import os
 import pickle
@@ -40,16 +42,38 @@ def check(value: object) -> Outcome:
 def call(
     fn: Callable[..., Any], prompts: list[str], completions: list[str], columns: dict[str, list[Any]]
 ) -> list[Outcome] | Outcome:
-    """Call `fn` on some rows: an outcome for each, or one for the call that failed as a whole."""
+    """Call `fn` on some rows: an outcome for each, or one for the call that failed as a whole.
+
+    Where `fn` is an `async def`, or returns a list of awaitables, they are awaited together.
+    """
     try:
-        values = list(fn(prompts, completions, **columns))
+        values = fn(prompts, completions, **columns)
+        if inspect.isawaitable(values) or any(map(inspect.isawaitable, values := list(values))):
+            values = asyncio.run(_awaited(values))
     except BaseException as error:  # sys.exit() in a function is its failure, not the worker's end
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {error}"[:200] + f" ({frame.filename}, line {frame.lineno})"
-        return NOTHING, type(error).__name__, text
+        return _failure(error)
     if len(values) != len(prompts):
         return NOTHING, "wrong length", f"the function returned {len(values)} values for {len(prompts)} rows"
-    return [check(value) for value in values]
+    return [_failure(value) if isinstance(value, BaseException) else check(value) for value in values]
+
+
+def _failure(error: BaseException) -> Outcome:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__}: {error}"[:200] + f" ({frame.filename}, line {frame.lineno})"
+    return NOTHING, type(error).__name__, text
+
+
+async def _awaited(values: Any) -> list[Any]:
+    """What an `async def` returns, with each value that is awaitable awaited beside the others.
+
+    A value that raises is its exception: it is that row's failure and no other's.
+    """
+    rows: list[Any] = list(await values if inspect.isawaitable(values) else values)
+    waiting = [i for i, value in enumerate(rows) if inspect.isawaitable(value)]
+    outcomes = await asyncio.gather(*(rows[i] for i in waiting), return_exceptions=True)
+    for i, outcome in zip(waiting, outcomes, strict=True):
+        rows[i] = outcome
+    return rows
 
 
 def _arm(seconds: float) -> None:

@@ -193,14 +193,18 @@ class RewardPipeline:
         mask = td[RESPONSE_MASK]
         last = last_token(mask) if any(x.dim() == 2 for x in raw.values()) else None
         rows = {name: x if x.dim() == 1 else masked_sum(x, mask, -1) for name, x in raw.items()}
+        away = {term.name: term.abstained for term in self.terms if term.abstained is not None}
         unscorable = broken
-        for x in rows.values():
-            unscorable = unscorable | ~x.isfinite()
+        for name, x in rows.items():
+            unscorable = unscorable | (~x.isfinite() & ~away[name] if name in away else ~x.isfinite())
+        if len(away) == len(rows):  # nobody's task
+            unscorable = unscorable | torch.stack(list(away.values())).all(0)
         scorable = ~unscorable
         per_row = torch.zeros(mask.shape[0], device=self.device)
         per_token: Tensor | None = None
         for term in self.terms:
-            part = self._weighted(term, raw[term.name], td, scorable, last)
+            counted = scorable & ~away[term.name] if term.name in away else scorable
+            part = self._weighted(term, raw[term.name], td, counted, last)
             if part.dim() == 1:
                 per_row = per_row + part
             else:

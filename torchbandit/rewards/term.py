@@ -61,6 +61,8 @@ class RewardTerm:
         normalize: Normalize = None,
         missing_eos_penalty: float | None = None,
     ) -> None:
+        self.abstained: Tensor | None = None
+        """[B] bool, of the last batch: rows that were not this term's task. They live on their other terms."""
         if not callable(fn):
             raise ValueError(f"reward: a term must be a callable td -> Tensor [B] or a RewardTerm, got {fn!r}")
         self.fn = fn

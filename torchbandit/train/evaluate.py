@@ -40,10 +40,10 @@ def evaluate(
     *,
     corpus: Corpus | None = None,
     num_samples: int = 8,
-    max_prompts: int = 512,
+    max_prompts: int | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Answer up to `max_prompts` prompts of `env` once each, by a generator of this call's own.
+    """Answer every prompt of `env` once, or the first `max_prompts`, by a generator of this call's own.
 
     Neither the policy's generator nor the prompt stream nor the terms' statistics move.
 
@@ -54,7 +54,8 @@ def evaluate(
     generator = torch.Generator(policy.device).manual_seed(seed)
     statistics = env.rewards.state_dict()
     kept: list[TensorDict] = []
-    chosen = torch.arange(min(max_prompts, len(env.prompts)), device=env.device)
+    limit = len(env.prompts) if max_prompts is None else min(max_prompts, len(env.prompts))
+    chosen = torch.arange(limit, device=env.device)
     for ids in chosen.split(max(1, env.batch_size)):
         td = policy.generate(env.gather(ids, ids), generator=generator, group_size=1)
         kept.append(env.step(td))

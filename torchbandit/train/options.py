@@ -91,6 +91,7 @@ class TrainOptions(LoopOptions):
         ptx_key: Column of the pretraining text.
         ptx_length: Tokens a pretraining row.
         eval_prompts: Held-out prompts, scored before and after. Default: none, the first training prompts serve.
+        max_eval_prompts: How many of them, the first. Default: all held-out ones; 512 where training prompts serve.
         eval_ptx_data: Held-out text, its loss taken before and after.
         num_prompts: Prompts a batch, on each process.
         group_size: Responses a prompt. Default: the algorithm's.
@@ -146,6 +147,7 @@ class TrainOptions(LoopOptions):
     ptx_key: str = "text"
     ptx_length: int = 512
     eval_prompts: str | None = None
+    max_eval_prompts: int | None = None
     eval_ptx_data: str | None = None
     num_prompts: int = 64
     group_size: int | None = None
@@ -211,7 +213,7 @@ class TrainOptions(LoopOptions):
     def _check_numbers(self) -> None:
         least = dict(
             num_prompts=1, group_size=1, max_new_tokens=1, max_prompt_length=1, ptx_length=1, num_samples=0,
-            overlong_soft=0, overlong_hard=1, env_runners=0, learners=0, kl_coef=0,
+            max_eval_prompts=1, overlong_soft=0, overlong_hard=1, env_runners=0, learners=0, kl_coef=0,
         )  # fmt: skip
         for name, floor in least.items():
             value = getattr(self, name)

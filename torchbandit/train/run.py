@@ -170,9 +170,13 @@ class Judge:
         self._corpus = build.build_corpus(options, options.eval_ptx_data, policy.tokenizer, env.device)
 
     def __call__(self) -> Evaluation:
+        limit = self._options.max_eval_prompts
+        if limit is None and self._options.eval_prompts is None:
+            limit = 512  # training prompts serve, and there may be millions
         return evaluate(
-            self._policy, self._env, corpus=self._corpus, num_samples=self._options.num_samples, seed=self._options.seed
-        )
+            self._policy, self._env, corpus=self._corpus, num_samples=self._options.num_samples, max_prompts=limit,
+            seed=self._options.seed,
+        )  # fmt: skip
 
     def before(self, path: Path) -> Evaluation:
         """The state before training: of the first start, where the run is a resumed one."""
