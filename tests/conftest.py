@@ -31,6 +31,18 @@ os.environ |= {
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run side by side, a file stays in one process: it has fixtures of its own and calls that it compiled.
+
+    All that starts a Ray cluster is one group: a second one beside it would wait for cores that are not there.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        clusters = item.path.name.startswith("test_rllib") or "rllib" in item.name or "stock" in item.name
+        item.add_marker(pytest.mark.xdist_group("ray" if clusters else item.path.stem))
+
+
 def process() -> dict[str, Any]:
     """What a test could leave changed behind it. Libraries set variables of their own."""
     return {f"${name}": value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {

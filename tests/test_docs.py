@@ -79,7 +79,7 @@ def test_blocks_are_found() -> None:
 def test_the_two_commands_stand_on_the_first_screen() -> None:
     screen = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:15])
     assert "\npip install -c constraints.txt . && torchbandit train\n" in screen
-    assert '\npip install -c constraints.txt ".[test]" && pytest\n' in screen
+    assert '\npip install -c constraints.txt ".[test]" && pytest -n 2 --dist loadgroup\n' in screen
 
 
 def test_every_page_is_in_the_contents_and_no_link_is_dead() -> None:
